@@ -1,0 +1,63 @@
+import math
+
+import torch
+
+
+def select_nodes(
+    slots: torch.Tensor,
+    token_ids: torch.Tensor,
+    parents: torch.Tensor,
+    log_probs: torch.Tensor,
+    proposers: torch.Tensor,
+    num_candidates: torch.Tensor,
+    budgets: torch.Tensor,
+    chain_only: torch.Tensor,
+    tree_token_ids: torch.Tensor,
+    tree_parents: torch.Tensor,
+    tree_proposers: torch.Tensor,
+    tree_num_nodes: torch.Tensor,
+    draft_tokens: torch.Tensor,
+) -> None:
+    max_num_drafts = draft_tokens.shape[1]
+    for req, slot in enumerate(slots.tolist()):
+        num = int(num_candidates[req])
+        costs = _path_costs(parents[req, :num], log_probs[req, :num])
+        parent_of = parents[req, :num].tolist()
+        order = sorted(range(num), key=lambda node: (costs[node], node))
+        order = [candidate for candidate in order if costs[candidate] < math.inf]
+        if chain_only[req]:
+            order = _best_path(order, parent_of)
+        order = order[: max(min(int(budgets[req]), max_num_drafts), 0)]
+
+        node_of = {candidate: node for node, candidate in enumerate(order, start=1)}
+        num_nodes = len(order) + 1
+        tree_num_nodes[slot] = num_nodes
+        tree_parents[slot, :num_nodes] = torch.tensor(
+            [-1, *(node_of.get(parent_of[candidate], 0) for candidate in order)]
+        )
+        tree_token_ids[slot, 0] = 0
+        tree_token_ids[slot, 1:num_nodes] = token_ids[req, order]
+        tree_proposers[slot, 0] = 0
+        tree_proposers[slot, 1:num_nodes] = proposers[req, order]
+        draft_tokens[req] = 0
+        draft_tokens[req, : len(order)] = token_ids[req, order]
+
+
+def _path_costs(parents: torch.Tensor, log_probs: torch.Tensor) -> list[float]:
+    """Summed in float32 from the leaf up, as the kernel does, so that ties agree."""
+    costs = torch.zeros_like(log_probs)
+    own_costs = -log_probs.clamp(max=0)  # keeps NaN
+    ancestors = torch.arange(len(parents), device=parents.device)
+    while (ancestors >= 0).any():
+        is_real = ancestors >= 0
+        costs += torch.where(is_real, own_costs[ancestors], 0.0)
+        ancestors = torch.where(is_real, parents[ancestors], -1)
+    return costs.nan_to_num(nan=math.inf).tolist()
+
+
+def _best_path(order: list[int], parents: list[int]) -> list[int]:
+    path: list[int] = []
+    for candidate in order:  # best first, hence a parent before its children
+        if parents[candidate] == (path[-1] if path else -1):
+            path.append(candidate)
+    return path

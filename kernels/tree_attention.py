@@ -1,0 +1,392 @@
+"""Paged attention in which a request's trailing query rows may be a token tree."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_HEAD_SIZE = 256
+WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
+
+# Scores are in base 2: exp2 is the hardware's exponential.
+LOG2_E = math.log2(math.e)
+# Finite, so that a row which has seen nothing yet never computes inf - inf.
+NO_SCORE = tl.constexpr(-1.0e30)
+
+
+class TileSizes(NamedTuple):
+    """What one program holds: ``BLOCK_M >= BLOCK_Q * group`` rows, BLOCK_N keys."""
+
+    block_q: int
+    block_m: int
+    block_n: int
+    head_size_padded: int
+
+
+@triton.jit
+def _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q: tl.constexpr):
+    """Last request whose first tile is not after ``tile``."""
+    low = tl.full((), 0, tl.int32)
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _load_tile(cache_ptr, block, slot, stride_block, stride_slot, dim, in_tile):
+    row = block * stride_block + slot * stride_slot
+    return tl.load(cache_ptr + row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+
+
+@triton.jit
+def _scores(query, keys, scale, SOFT_CAP: tl.constexpr):
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    if SOFT_CAP > 0:
+        # tanh by the exponential that cannot overflow; libdevice's is CUDA only.
+        decay = tl.exp(-2.0 / SOFT_CAP * tl.abs(scores))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        scores = SOFT_CAP * tl.where(scores < 0, -tanh, tanh)
+    return scores
+
+
+@triton.jit
+def _online_softmax(scores, values, peak, total, weighted):
+    """Fold one tile of keys into the running maximum, denominator and numerator."""
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, axis=1)
+    weights = weights.to(values.dtype)
+    weighted *= shrink[:, None]
+    weighted = tl.dot(weights, values, weighted, input_precision="ieee")
+    return new_peak, total, weighted
+
+
+# More than 20 arguments only by strides: query, caches and output are all views.
+@triton.jit(do_not_specialize=["num_reqs"])
+def _tree_attention_kernel(
+    query_ptr,
+    query_stride_token,
+    query_stride_head,
+    key_ptr,
+    key_stride_block,
+    key_stride_head,
+    key_stride_slot,
+    value_ptr,
+    value_stride_block,
+    value_stride_head,
+    value_stride_slot,
+    output_ptr,
+    output_stride_token,
+    output_stride_head,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    block_table_stride,
+    num_nodes_ptr,
+    depths_ptr,
+    depths_stride,
+    masks_ptr,
+    masks_stride_req,
+    masks_stride_node,
+    num_reqs,
+    scale,
+    GROUP: tl.constexpr,  # query heads per KV head
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # of the KV cache
+    SLIDING_WINDOW: tl.constexpr,  # 0: none
+    SOFT_CAP: tl.constexpr,  # 0: none; in base 2, as the scores
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # A request gets one tile more than it may need: its first tile's number is then
+    # known without a prefix sum over tile counts.
+    tile = tl.program_id(0)
+    req = _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q)
+    query_start = tl.load(query_start_loc_ptr + req)
+    query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
+    first_query = (tile - query_start // BLOCK_Q - req) * BLOCK_Q
+    if first_query >= query_len:
+        return
+
+    kv_head = tl.program_id(1).to(tl.int64)
+    req = req.to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + req)
+    num_nodes = tl.load(num_nodes_ptr + req)
+    num_context = seq_len - query_len
+    root = seq_len - num_nodes  # KV slot index of the tree's root
+
+    # Rows of a tile are the group's heads of query 0, then those of query 1, ...
+    row = tl.arange(0, BLOCK_M)
+    slot = num_context + first_query + row // GROUP
+    live = (row < BLOCK_Q * GROUP) & (slot < seq_len)
+    head = kv_head * GROUP + row % GROUP
+    token = (query_start + first_query + row // GROUP).to(tl.int64)
+    dim = tl.arange(0, HEAD_SIZE_PADDED)
+    in_head = dim < HEAD_SIZE
+    in_query = live[:, None] & in_head[None, :]
+    query_offset = token * query_stride_token + head * query_stride_head
+    query = tl.load(
+        query_ptr + query_offset[:, None] + dim[None, :], mask=in_query, other=0.0
+    )
+
+    # The root is an ordinary causal row, so a tree of one node needs no mask.
+    in_tree = live & (slot > root)
+    depths_ptr += req * depths_stride
+    masks_row_ptr = masks_ptr + req * masks_stride_req
+    masks_row_ptr += (slot - root).to(tl.int64) * masks_stride_node
+    block_table_ptr += req * block_table_stride
+    key_ptr += kv_head * key_stride_head
+    value_ptr += kv_head * value_stride_head
+
+    # Parents precede children, so no row of the tile sees past the last row's slot.
+    last = tl.minimum(num_context + first_query + BLOCK_Q, seq_len)
+    # Every row sees all keys before the first row and before the root.
+    unmasked = tl.minimum(num_context + first_query + 1, root)
+    first = 0
+    if SLIDING_WINDOW > 0:
+        depth = tl.load(depths_ptr + slot - root, mask=in_tree, other=0)
+        position = tl.where(in_tree, root + depth, slot)
+        # A key's position is at most its slot: what lies before `first` is out of
+        # every row's window, and its block may already belong to somebody else.
+        first = tl.min(tl.where(live, position, seq_len), axis=0) - SLIDING_WINDOW + 1
+        first = tl.maximum(first, 0)
+
+    peak = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
+
+    unmasked_start = first // BLOCK_N * BLOCK_N
+    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
+    for start in range(unmasked_start, unmasked_end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        loaded = key >= first
+        block = tl.load(block_table_ptr + key // BLOCK_SIZE, mask=loaded, other=0)
+        block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
+        in_tile = loaded[:, None] & in_head[None, :]
+        keys = _load_tile(
+            key_ptr, block, key_slot, key_stride_block, key_stride_slot, dim, in_tile
+        )
+        values = _load_tile(
+            value_ptr,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            dim,
+            in_tile,
+        )
+        scores = _scores(query, keys, scale, SOFT_CAP)
+        if SLIDING_WINDOW > 0:
+            near = position[:, None] - key[None, :] < SLIDING_WINDOW
+            scores = tl.where(near, scores, float("-inf"))
+        peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
+
+    # The rest in tiles of one mask word per row, aligned to the root. The first may
+    # begin among keys already seen.
+    masked_start = tl.maximum(first, unmasked_end)
+    num_words = (root - masked_start + WORD_BITS - 1) >> 5
+    for start in range(root - num_words * WORD_BITS, last, WORD_BITS):
+        bit = tl.arange(0, WORD_BITS)
+        key = start + bit
+        loaded = (key >= masked_start) & (key < last)
+        block = tl.load(block_table_ptr + key // BLOCK_SIZE, mask=loaded, other=0)
+        block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
+        in_tile = loaded[:, None] & in_head[None, :]
+        keys = _load_tile(
+            key_ptr, block, key_slot, key_stride_block, key_stride_slot, dim, in_tile
+        )
+        values = _load_tile(
+            value_ptr,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            dim,
+            in_tile,
+        )
+        # No row has a mask word before the root: all of those keys are seen.
+        masked_above = tl.where(start < root, seq_len, root)
+        words = tl.load(
+            masks_row_ptr + ((start - root) >> 5),
+            mask=live & (slot > masked_above),
+            other=-1,
+        )
+        scores = _scores(query, keys, scale, SOFT_CAP)
+        # Ancestors precede their descendants: the causal test holds in the tree too.
+        visible = loaded[None, :] & (key[None, :] <= slot[:, None])
+        visible &= ((words[:, None] >> bit[None, :]) & 1) != 0
+        if SLIDING_WINDOW > 0:
+            key_depth = tl.load(
+                depths_ptr + key - root, mask=loaded & (key > root), other=0
+            )
+            key_position = tl.where(key > root, root + key_depth, key)
+            near = position[:, None] - key_position[None, :] < SLIDING_WINDOW
+            visible &= near
+        scores = tl.where(visible, scores, float("-inf"))
+        peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
+
+    # A row that saw nothing gives zeros.
+    output = weighted / tl.where(total > 0, total, 1.0)[:, None]
+    output_offset = token * output_stride_token + head * output_stride_head
+    tl.store(
+        output_ptr + output_offset[:, None] + dim[None, :],
+        output.to(output_ptr.dtype.element_ty),
+        mask=in_query,
+    )
+
+
+def tree_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    key_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, head_size]
+    value_cache: torch.Tensor,  # as key_cache; any strides but the last
+    output: torch.Tensor,  # [num_tokens, num_heads, head_size], written in place
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] int32, later rows are padding
+    seq_lens: torch.Tensor,  # [num_reqs] int32, this step's rows included
+    block_table: torch.Tensor,  # [num_reqs, max_num_blocks] int32
+    num_nodes: torch.Tensor,  # [>= num_reqs] int32, root included; 0, 1: no tree
+    depths: torch.Tensor,  # [>= num_reqs, max_num_nodes] int32, root 0
+    masks: torch.Tensor,  # [>= num_reqs, max_num_nodes, words] int32, bit j: node j
+    *,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Attention of every query row, where a request's last rows may be a tree.
+
+    A request's rows are its last keys. The last ``num_nodes`` are a tree: each sees
+    all keys before the root and, within the tree, its ancestors and itself; the rows
+    before them are causal. A node's position, which a sliding window measures, is the
+    root's plus its depth, though it is stored at the root's slot plus its index.
+    """
+    _check_shapes(query, key_cache, value_cache, output, depths, masks)
+    _check_numbers(sliding_window, soft_cap)
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    num_reqs = seq_lens.shape[0]
+    if num_tokens == 0 or num_reqs == 0:
+        return
+    group = num_heads // num_kv_heads
+    tiles = tile_sizes(max_query_len, group, head_size, query.element_size())
+    _tree_attention_kernel[(num_tokens // tiles.block_q + num_reqs, num_kv_heads)](
+        query,
+        *query.stride()[:2],
+        key_cache,
+        *key_cache.stride()[:3],
+        value_cache,
+        *value_cache.stride()[:3],
+        output,
+        *output.stride()[:2],
+        query_start_loc,
+        seq_lens,
+        block_table,
+        block_table.stride(0),
+        num_nodes,
+        depths,
+        depths.stride(0),
+        masks,
+        *masks.stride()[:2],
+        num_reqs,
+        scale * LOG2_E,
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        HEAD_SIZE_PADDED=tiles.head_size_padded,
+        BLOCK_SIZE=block_size,
+        SLIDING_WINDOW=sliding_window or 0,
+        SOFT_CAP=(soft_cap or 0.0) * LOG2_E,
+        BLOCK_Q=tiles.block_q,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+    )
+
+
+def tile_sizes(
+    max_query_len: int, group: int, head_size: int, element_size: int
+) -> TileSizes:
+    """Tiles that fit the shared memory of an A100, whatever the head."""
+    head_size_padded = max(16, triton.next_power_of_2(head_size))
+    # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
+    row_bytes = head_size_padded * element_size
+    most_rows = max(16, min(64, 16384 // row_bytes))
+    rows = triton.next_power_of_2(max_query_len * group)
+    block_m = max(16, triton.next_power_of_2(group), min(most_rows, rows))
+    return TileSizes(
+        block_q=block_m // group,
+        block_m=block_m,
+        block_n=most_rows,
+        head_size_padded=head_size_padded,
+    )
+
+
+def _check_shapes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    depths: torch.Tensor,
+    masks: torch.Tensor,
+) -> None:
+    _, num_heads, head_size = query.shape
+    num_kv_heads = key_cache.shape[1]
+    if output.shape != query.shape:
+        raise ValueError(
+            f"output is {tuple(output.shape)}, the query {tuple(query.shape)}: "
+            "allocate the output like the query"
+        )
+    if value_cache.shape != key_cache.shape or key_cache.shape[3] != head_size:
+        raise ValueError(
+            f"caches are {tuple(key_cache.shape)} and {tuple(value_cache.shape)}: "
+            f"both must have rows of the query's head size, {head_size}"
+        )
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"head_size={head_size}: must be in [1, {MAX_HEAD_SIZE}]; "
+            "a wider head needs tiles split along it"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads do not divide into groups of {num_kv_heads} "
+            "KV heads: pass a multiple"
+        )
+    if len({tensor.dtype for tensor in (query, key_cache, value_cache)}) > 1:
+        raise ValueError(
+            f"query is {query.dtype}, caches are {key_cache.dtype} and "
+            f"{value_cache.dtype}: quantized caches are not supported, use one dtype"
+        )
+    if masks.shape[1] != depths.shape[1] or masks.shape[2] * 32 < masks.shape[1]:
+        raise ValueError(
+            f"masks are {tuple(masks.shape)} for depths of {tuple(depths.shape)}: "
+            "need a bit for every node, 32 in a word"
+        )
+    for name, tensor in {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "output": output,
+        "depths": depths,
+        "masks": masks,
+    }.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has last stride {tensor.stride(-1)}, must be 1: "
+                "pass it contiguous along the last dimension"
+            )
+
+
+def _check_numbers(sliding_window: int | None, soft_cap: float | None) -> None:
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window={sliding_window}: must be at least 1, or None for none"
+        )
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap}: must be positive, or None for none")

@@ -1,0 +1,215 @@
+"""The real engine, in this process, with tiny random models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from vllm_treespec.integration import speculator as speculator_module
+from vllm_treespec.testing.planted import PlantedProposer
+
+VOCAB_SIZE = 97
+SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+    # Small weights degenerate into repetition, which hides bugs.
+    initializer_range=0.25,
+)
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=24),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **{**SHAPE, "num_hidden_layers": 4, "tie_word_embeddings": True},
+        query_pre_attn_scalar=32,
+        sliding_window=24,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SHAPE, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Directory of a tiny random model of that architecture."""
+    made: dict[str, str] = {}
+
+    def path(architecture: str) -> str:
+        if architecture not in made:
+            torch.manual_seed(0)
+            config = ARCHITECTURES[architecture]()
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            directory = tmp_path_factory.mktemp(architecture)
+            model.float().save_pretrained(directory)
+            made[architecture] = str(directory)
+        return made[architecture]
+
+    return path
+
+
+@dataclass
+class Engine:
+    """A started engine and what its trees did."""
+
+    llm: LLM
+    proposers: list[Any] = field(default_factory=list)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Any
+    ) -> list[list[list[int]]]:
+        """Output token ids per prompt and per choice of ``n``."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            params,
+            use_tqdm=False,
+        )
+        return [
+            [list(choice.token_ids) for choice in output.outputs] for output in outputs
+        ]
+
+    @property
+    def runner(self) -> Any:
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@dataclass
+class AcceptanceLog:
+    """Accepted paths, recorded in the engine's own rejection sampler."""
+
+    lengths: list[int] = field(default_factory=list)
+    off_first_branch: int = 0  # accepted multi-token paths not made of first children
+
+    def record(self, nodes: list[list[int]], lengths: list[int]) -> None:
+        for path, length in zip(nodes, lengths, strict=True):
+            self.lengths.append(length)
+            taken = path[1 : length + 1]
+            if length > 1 and taken != list(range(1, length + 1)):
+                self.off_first_branch += 1
+
+
+@pytest.fixture
+def acceptance(monkeypatch: pytest.MonkeyPatch) -> AcceptanceLog:
+    """What the target accepted, seen from inside the engine."""
+    from vllm_treespec.integration import rejection_sampler
+
+    log = AcceptanceLog()
+    original = rejection_sampler.walk_target
+
+    def walk_target(kernels: Any, trees: Any, paths: Any, slots: Any, *rest: Any) -> Any:
+        result = original(kernels, trees, paths, slots, *rest)
+        count = slots.shape[0]
+        log.record(paths.nodes[:count].tolist(), paths.lengths[:count].tolist())
+        return result
+
+    monkeypatch.setattr(rejection_sampler, "walk_target", walk_target)
+    return log
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+    """Start an engine; ``tree`` is the flag's object, ``truths`` plants adversaries."""
+    running: list[Engine] = []
+
+    def stop() -> None:
+        for engine in running:
+            engine.llm.llm_engine.engine_core.shutdown()
+        running.clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def start(
+        model: str,
+        *,
+        tree: dict[str, Any] | None = None,
+        truths: Sequence[Sequence[int]] | None = None,
+        num_speculative_tokens: int = 8,
+        async_scheduling: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> Engine:
+        stop()
+        engine = Engine(llm=None)  # type: ignore[arg-type]  # set below
+        if truths is not None:
+            tree = {"kernels": "auto", **(tree or {})}
+            planted = PlantedProposer(
+                truths, vocab_size=VOCAB_SIZE, max_nodes=num_speculative_tokens, seed=seed
+            )
+            engine.proposers.append(planted)
+            monkeypatch.setattr(
+                speculator_module, "make_proposers", lambda *_, **__: [planted]
+            )
+        speculative = tree and {
+            "method": "treespec",
+            "num_speculative_tokens": num_speculative_tokens,
+            "tree": tree,
+        }
+        if async_scheduling:
+            options["async_scheduling"] = True
+            options["additional_config"] = {"treespec_cpu_host_async": True}
+        defaults: dict[str, Any] = dict(
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=256,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=2**24,
+            distributed_executor_backend="uni",
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            enable_prefix_caching=False,
+        )
+        engine.llm = LLM(
+            model=model, speculative_config=speculative, **{**defaults, **options}
+        )
+        running.append(engine)
+        return engine
+
+    yield start
+    stop()
+
+
+@pytest.fixture
+def greedy() -> Callable[..., SamplingParams]:
+    def params(max_tokens: int = 24, **options: Any) -> SamplingParams:
+        options = {"temperature": 0.0, "detokenize": False, **options}
+        return SamplingParams(max_tokens=max_tokens, **options)
+
+    return params
+
+
+__all__ = ["Path"]

@@ -1,0 +1,455 @@
+"""kernels/tree_attention.py against its reference, and that against plain Python."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
+from vllm_treespec.kernels.tree_attention import tree_attention
+from vllm_treespec.testing.trees import chain_parents, random_parents
+
+NAN = float("nan")
+UNTOUCHED = 77.0
+STALE = 0x2AAAAAAA  # in columns nobody may read
+
+#     0
+#    / \
+#   1   2
+#   |  / \
+#   3 4   5
+SMALL_TREE = [-1, 0, 0, 1, 2, 2]
+
+
+class Request(NamedTuple):
+    num_context: int  # keys of earlier steps
+    num_prefill: int  # causal rows of this step
+    parents: list[int]  # tree rows of this step, after the causal ones
+
+    @property
+    def query_len(self) -> int:
+        return self.num_prefill + len(self.parents)
+
+    @property
+    def seq_len(self) -> int:
+        return self.num_context + self.query_len
+
+
+def tree(num_nodes: int, seed: int = 0) -> list[int]:
+    return random_parents(1, num_nodes, seed)[0].tolist()
+
+
+def chain(num_nodes: int) -> list[int]:
+    return chain_parents(1, num_nodes)[0].tolist()
+
+
+MIXED = [
+    Request(37, 0, SMALL_TREE),
+    Request(0, 19, []),  # a prompt
+    Request(53, 0, [-1]),  # a single decode
+    Request(0, 0, []),  # a padded request
+    Request(70, 21, tree(9)),  # a chunk of prefill, then a tree
+    Request(66, 1, []),
+    Request(5, 0, chain(7)),
+]
+
+
+@dataclass
+class Batch:
+    """Arguments of the kernel over poisoned memory, and the keys laid out flat."""
+
+    requests: list[Request]
+    arguments: dict[str, torch.Tensor]
+    keys: list[torch.Tensor]  # per request [seq_len, num_kv_heads, head_size]
+    values: list[torch.Tensor]
+
+    def run(self, attention: Any, **options: Any) -> torch.Tensor:
+        output = self.arguments["output"].clone()
+        attention(
+            **{**self.arguments, "output": output},
+            **{
+                "max_query_len": max(request.query_len for request in self.requests),
+                "scale": self.keys[0].shape[-1] ** -0.5,
+                "sliding_window": None,
+                "soft_cap": None,
+                **options,
+            },
+        )
+        return output
+
+    def check(self, rtol: float = 1e-5, atol: float = 2e-6, **options: Any) -> None:
+        torch.testing.assert_close(
+            self.run(tree_attention, **options),
+            self.run(reference, **options),
+            rtol=rtol,
+            atol=atol,
+        )
+
+
+def pack_tree(
+    parents: list[int], max_num_nodes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depths and mask words of one tree, stale past its nodes."""
+    num_nodes = len(parents)
+    words = -(-max_num_nodes // 32)
+    seen = torch.zeros(num_nodes, words * 32, dtype=torch.int64)
+    depths = torch.full((max_num_nodes,), STALE, dtype=torch.int32)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] = seen[parent]
+        seen[node, node] = 1
+        depths[node] = seen[node].sum() - 1
+    masks = torch.full((max_num_nodes, words), STALE, dtype=torch.int32)
+    powers = 2 ** torch.arange(32)
+    masks[:num_nodes] = (seen.view(num_nodes, words, 32) * powers).sum(2).int()
+    return depths, masks
+
+
+def make_batch(
+    requests: list[Request],
+    device: torch.device,
+    *,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_size: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    sliding_window: int = 1 << 20,  # keys that leave it are poisoned
+    num_padding: int = 0,
+) -> Batch:
+    gen = torch.Generator().manual_seed(0)
+    num_blocks = [-(-request.seq_len // block_size) for request in requests]
+    # Blocks lie in no order, and the last one, poisoned, pads every block table.
+    order = torch.randperm(sum(num_blocks), generator=gen).int().split(num_blocks)
+    unused = sum(num_blocks)
+    block_table = torch.full((len(requests), max(num_blocks) + 1), unused).int()
+    cache = torch.full((unused + 1, num_kv_heads, block_size, 2 * head_size), NAN)
+    max_num_nodes = max(*(len(request.parents) for request in requests), 1)
+    depths = torch.full((len(requests) + 1, max_num_nodes), STALE).int()
+    masks = torch.full((*depths.shape, -(-max_num_nodes // 32)), STALE).int()
+    keys, values = [], []
+    for row, request in enumerate(requests):
+        packed = torch.randn(
+            request.seq_len, num_kv_heads, 2 * head_size, generator=gen
+        )
+        packed = packed.to(dtype)
+        packed[: max(0, request.num_context - sliding_window + 1)] = NAN
+        blocks = order[row]
+        block_table[row, : len(blocks)] = blocks
+        slots = torch.arange(request.seq_len)
+        cache[blocks[slots // block_size], :, slots % block_size] = packed.float()
+        keys.append(packed[..., :head_size])
+        values.append(packed[..., head_size:])
+        if len(request.parents) > 1:
+            depths[row], masks[row] = pack_tree(request.parents, max_num_nodes)
+    query_lens = torch.tensor([0, *(request.query_len for request in requests)])
+    query_start_loc = query_lens.cumsum(0)
+    num_tokens = int(query_start_loc[-1])
+    shape = (num_tokens + num_padding, num_kv_heads * group, head_size)
+    query = torch.randn(shape, generator=gen)
+    query[num_tokens:] = NAN
+    cache = cache.to(dtype).to(device)
+    arguments = {
+        "query": query.to(dtype),
+        "output": torch.full(shape, UNTOUCHED, dtype=dtype),
+        "query_start_loc": query_start_loc.int(),
+        "seq_lens": torch.tensor([request.seq_len for request in requests]).int(),
+        "block_table": block_table,
+        "num_nodes": torch.tensor([len(request.parents) for request in requests]).int(),
+        "depths": depths,
+        "masks": masks,
+    }
+    arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
+    arguments["key_cache"] = cache[..., :head_size]
+    arguments["value_cache"] = cache[..., head_size:]
+    return Batch(requests, arguments, keys, values)
+
+
+def naive(batch: Batch, sliding_window: int, soft_cap: float) -> torch.Tensor:
+    """One query row, one head, one key at a time, from the parents alone."""
+    query = batch.arguments["query"].double().cpu()
+    output = torch.full_like(query, UNTOUCHED)
+    rows = iter(range(query.shape[0]))
+    for request, keys, values in zip(
+        batch.requests, batch.keys, batch.values, strict=True
+    ):
+        before_root = request.num_context + request.num_prefill
+        paths: list[list[int]] = []
+        for node, parent in enumerate(request.parents):
+            paths.append([*(paths[parent] if parent >= 0 else []), node])
+        for step in range(request.query_len):
+            # (slot, position) of all keys this row may see
+            if step < request.num_prefill:
+                seen = [(key, key) for key in range(request.num_context + step + 1)]
+            else:
+                path = paths[step - request.num_prefill]
+                seen = [(key, key) for key in range(before_root)]
+                seen += [
+                    (before_root + node, before_root + depth)
+                    for depth, node in enumerate(path)
+                ]
+            position = seen[-1][1]
+            slots = [slot for slot, key in seen if position - key < sliding_window]
+            row = next(rows)
+            for head in range(query.shape[1]):
+                kv_head = head * keys.shape[1] // query.shape[1]
+                scores = keys[slots, kv_head].double() @ query[row, head]
+                scores *= keys.shape[2] ** -0.5
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+                output[row, head] = scores.softmax(0) @ values[slots, kv_head].double()
+    return output
+
+
+@pytest.mark.parametrize("sliding_window", [1 << 20, 40, 7, 2, 1])
+def test_reference_matches_plain_python(sliding_window: int, device: torch.device):
+    batch = make_batch(MIXED, device, sliding_window=sliding_window, num_padding=3)
+    output = batch.run(reference, sliding_window=sliding_window, soft_cap=0.5)
+    expected = naive(batch, sliding_window, 0.5)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize("head_size", [32, 80])
+def test_matches_reference(
+    head_size: int, group: int, block_size: int, device: torch.device
+):
+    make_batch(
+        MIXED, device, group=group, head_size=head_size, block_size=block_size
+    ).check()
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 112, 128, 192, 256])
+def test_every_head_size(head_size: int, device: torch.device):
+    make_batch(MIXED[:5], device, num_kv_heads=1, head_size=head_size).check()
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128, 544])
+def test_every_block_size(block_size: int, device: torch.device):
+    request = Request(600, 0, SMALL_TREE)
+    make_batch([*MIXED, request], device, num_kv_heads=1, block_size=block_size).check()
+
+
+@pytest.mark.parametrize("group", [5, 6, 16, 71])
+def test_every_group_size(group: int, device: torch.device):
+    make_batch(MIXED, device, num_kv_heads=1, group=group).check()
+
+
+def test_half_precision(device: torch.device):
+    batch = make_batch(MIXED, device, dtype=torch.float16)
+    batch.check(rtol=2e-3, atol=2e-3)
+
+
+# 31 to 33 and 63 to 65: the edges of a mask word; contexts move it against the tiles.
+@pytest.mark.parametrize("num_nodes", [2, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("num_context", [0, 1, 63, 100])
+def test_masks_of_many_words(num_nodes: int, num_context: int, device: torch.device):
+    request = Request(num_context, 0, tree(num_nodes, seed=num_nodes))
+    make_batch([request], device, num_kv_heads=1, group=1).check()
+
+
+def test_a_tree_of_a_thousand_nodes(device: torch.device):
+    request = Request(45, 3, tree(1025))
+    make_batch([request], device, num_kv_heads=1, group=1).check()
+
+
+@pytest.mark.parametrize("sliding_window", [1, 2, 5, 16, 40, 64, 100])
+def test_sliding_windows(sliding_window: int, device: torch.device):
+    requests = [*MIXED, Request(200, 0, tree(50)), Request(99, 70, chain(5))]
+    batch = make_batch(requests, device, num_kv_heads=1, sliding_window=sliding_window)
+    batch.check(sliding_window=sliding_window)
+
+
+def test_soft_cap_bounds_every_score(device: torch.device):
+    batch = make_batch(MIXED, device, num_kv_heads=1)
+    batch.check(soft_cap=30.0)
+    batch.check(soft_cap=0.3, sliding_window=9)
+    batch.check(soft_cap=50.0, scale=1e4)  # tanh is 1 long before its exponential ends
+    # A cap of almost nothing makes all scores equal: the mean of what is seen.
+    root = batch.run(tree_attention, soft_cap=1e-6)[0, 0]
+    torch.testing.assert_close(root.cpu(), batch.values[0][:38, 0].mean(0))
+
+
+def test_siblings_do_not_see_each_other(device: torch.device):
+    #   0
+    #  / \
+    # 1   2
+    request = Request(20, 0, [-1, 0, 0])
+    batch = make_batch([request], device)
+    seen = batch.run(tree_attention)
+    batch.arguments["key_cache"][batch.arguments["block_table"][0, 1].item(), :, 5] = 9
+    changed = (batch.run(tree_attention) != seen).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False], "only node 1 reads its own key"
+
+
+def test_a_cousin_at_the_same_depth_stays_hidden(device: torch.device):
+    #    0
+    #   / \
+    #  1   2
+    #  |   |
+    #  3   4
+    batch = make_batch([Request(9, 0, [-1, 0, 0, 1, 2])], device)
+    seen = batch.run(tree_attention)
+    block = batch.arguments["block_table"][0, 0].item()
+    batch.arguments["key_cache"][block, :, 9 + 3] = 9.0
+    changed = (batch.run(tree_attention) != seen).flatten(1).any(1)
+    assert changed.tolist() == [False, False, False, True, False]
+    batch.arguments["key_cache"][block, :, 9 + 1] = 9.0
+    changed = (batch.run(tree_attention) != seen).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False, True, False], "the parent's too"
+
+
+def test_the_window_measures_depth_and_not_slots(device: torch.device):
+    # A star: the last child's slot is ten past the root's, its position one.
+    star = [-1, *[0] * 10]
+    batch = make_batch([Request(20, 0, star)], device)
+    output = batch.run(tree_attention, sliding_window=3, scale=0.0)
+    values = batch.values[0][:, 0]
+    for node in range(1, 11):
+        mean = values[[19, 20, 20 + node]].mean(0)
+        torch.testing.assert_close(output[node, 0].cpu(), mean)
+    torch.testing.assert_close(output[0, 0].cpu(), values[18:21].mean(0))
+
+
+def test_a_node_deeper_than_the_window_loses_the_root(device: torch.device):
+    batch = make_batch([Request(20, 0, chain(5))], device)
+    output = batch.run(tree_attention, sliding_window=3, scale=0.0)
+    mean = batch.values[0][22:25, 0].mean(0)
+    torch.testing.assert_close(output[4, 0].cpu(), mean)
+
+
+def test_prefill_rows_before_a_tree_are_causal(device: torch.device):
+    batch = make_batch([Request(4, 3, SMALL_TREE)], device)
+    output = batch.run(tree_attention, scale=0.0)
+    values = batch.values[0][:, 0]
+    for row in range(3):
+        mean = values[: 4 + row + 1].mean(0)
+        torch.testing.assert_close(output[row, 0].cpu(), mean)
+    # the root of SMALL_TREE lies at 7; node 5's path is 0, 2, 5
+    mean = values[[*range(8), 9, 12]].mean(0)
+    torch.testing.assert_close(output[3 + 5, 0].cpu(), mean)
+
+
+@pytest.mark.parametrize("num_nodes", [0, 1])
+def test_without_a_tree_masks_and_depths_are_not_read(
+    num_nodes: int, device: torch.device
+):
+    batch = make_batch([Request(30, 0, chain(6))], device)
+    expected = batch.run(reference, sliding_window=4)
+    batch.arguments["num_nodes"].fill_(num_nodes)
+    batch.arguments["masks"].fill_(0)
+    batch.arguments["depths"].fill_(STALE)
+    for attention in (tree_attention, reference):
+        output = batch.run(attention, sliding_window=4)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_padding_rows_stay_untouched(device: torch.device):
+    batch = make_batch(MIXED, device, num_kv_heads=1, num_padding=40)
+    output = batch.run(tree_attention)
+    assert (output[-40:] == UNTOUCHED).all()
+    assert output[:-40].isfinite().all() and (output[:-40] != UNTOUCHED).all()
+    batch.check()
+
+
+def test_a_batch_of_padded_requests_writes_nothing(device: torch.device):
+    batch = make_batch([Request(0, 0, [])] * 3, device, num_padding=5)
+    assert (batch.run(tree_attention, max_query_len=1) == UNTOUCHED).all()
+    assert (batch.run(reference, max_query_len=1) == UNTOUCHED).all()
+
+
+def test_a_row_that_sees_nothing_gives_zeros(device: torch.device):
+    batch = make_batch([Request(30, 0, chain(3))], device, sliding_window=1)
+    batch.arguments["masks"][0, 1] = 0
+    for attention in (tree_attention, reference):
+        output = batch.run(attention, sliding_window=1)
+        assert (output[1] == 0).all()
+        assert output.isfinite().all()
+
+
+def test_max_query_len_only_sizes_the_tiles(device: torch.device):
+    batch = make_batch(MIXED, device, num_kv_heads=1)
+    expected = batch.run(reference)
+    for max_query_len in (1, 4, 16, 1000):
+        output = batch.run(tree_attention, max_query_len=max_query_len)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_reads_views_of_wider_buffers(device: torch.device):
+    batch = make_batch(MIXED, device)
+
+    def widen(tensor: torch.Tensor, dim: int, fill: float) -> torch.Tensor:
+        """The same values as a view of a buffer three wider along ``dim``."""
+        shape = list(tensor.shape)
+        shape[dim] += 3
+        wide = tensor.new_full(shape, fill)
+        view = wide.narrow(dim, 2, tensor.shape[dim])
+        return view.copy_(tensor)
+
+    for name, dim, fill in (
+        ("query", 1, NAN),
+        ("block_table", 1, STALE),
+        ("depths", 1, STALE),
+        ("masks", 1, STALE),
+        ("masks", 2, STALE),
+    ):
+        batch.arguments[name] = widen(batch.arguments[name], dim, fill)
+    # Tokens outermost in a block, keys and values in memory of their own.
+    for name in ("key_cache", "value_cache"):
+        cache = batch.arguments[name]
+        batch.arguments[name] = (
+            widen(cache.transpose(1, 2).contiguous(), 2, NAN).transpose(1, 2)
+            if name == "key_cache"
+            else widen(cache, 0, NAN)
+        )
+    expected = batch.run(reference)
+    output = torch.full((*expected.shape[:2], 40), NAN, device=device)[..., :32]
+    batch.arguments["output"] = output
+    tree_attention(
+        **batch.arguments,
+        max_query_len=30,
+        scale=32**-0.5,
+        sliding_window=None,
+        soft_cap=None,
+    )
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(5, 3, 32), "output": torch.zeros(5, 3, 32)}, "3 query"),
+        ({"output": torch.zeros(5, 4, 16)}, "like the query"),
+        ({"value_cache": torch.zeros(1, 2, 16, 64)}, "head size, 32"),
+        ({"key_cache": torch.zeros(4, 2, 16, 32).half()}, "one dtype"),
+        ({"masks": torch.zeros(2, 40, 1), "depths": torch.zeros(2, 40)}, "32 in a"),
+        ({"query": torch.zeros(4, 32, 8).transpose(0, 2)}, "query|like"),
+    ],
+)
+def test_rejects_shapes_that_do_not_fit(
+    changes: dict[str, torch.Tensor], message: str, device: torch.device
+):
+    batch = make_batch([Request(30, 0, SMALL_TREE)], device)
+    changes = {name: tensor.to(device) for name, tensor in changes.items()}
+    batch.arguments.update(changes)
+    with pytest.raises(ValueError, match=message):
+        batch.run(tree_attention)
+
+
+def test_rejects_strides_and_numbers_out_of_bounds(device: torch.device):
+    batch = make_batch([Request(30, 0, SMALL_TREE)], device)
+    with pytest.raises(ValueError, match="sliding_window=0: must be at least 1"):
+        batch.run(tree_attention, sliding_window=0)
+    with pytest.raises(ValueError, match=r"soft_cap=-1\.0: must be positive"):
+        batch.run(tree_attention, soft_cap=-1.0)
+    query = batch.arguments["query"]
+    batch.arguments["query"] = query.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="query has last stride 4, must be 1"):
+        batch.run(tree_attention)
+
+
+def test_rejects_heads_wider_than_a_tile(device: torch.device):
+    batch = make_batch([Request(3, 0, [-1])], device, head_size=257)
+    with pytest.raises(ValueError, match=r"head_size=257: must be in \[1, 256\]"):
+        batch.run(tree_attention)

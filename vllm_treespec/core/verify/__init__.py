@@ -1,0 +1,1 @@
+"""One verification rule per file: which path did the target take?"""

@@ -1,0 +1,163 @@
+"""Verify where vLLM would run its chain rejection sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
+
+from vllm_treespec.core.verify.target_walk import cut_paths, walk_target
+
+if TYPE_CHECKING:
+    from vllm_treespec.integration.speculator import TreeSpeculator
+
+
+class TreeRejectionSampler:
+    """Samples the target at every node with vLLM's own sampler, then walks the tree.
+
+    vLLM keys its noise by (seed, position), and a node's position is its depth's, so a
+    pick is the very one that decoding token by token would have made.
+    """
+
+    enable_adaptive_verification = False  # read by vLLM's warm-up
+
+    def __init__(self, sampler: Any, speculator: TreeSpeculator) -> None:
+        self._sampler = sampler
+        self._speculator = speculator
+
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size], one row per node
+        input_batch: Any,
+        draft_logits: torch.Tensor | None = None,
+        invalid_drafts: torch.Tensor | None = None,  # [num_logits] bool
+    ) -> SamplerOutput:
+        sampler, speculator = self._sampler, self._speculator
+        num_nans = get_num_nans(logits) if sampler.compute_nans else None
+        num_logprobs = sampler.sampling_states.max_num_logprobs(
+            input_batch.idx_mapping_np
+        )
+        wants_logprobs = num_logprobs != NO_LOGPROBS
+        processed = (
+            wants_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        )
+        target_ids, scored_logits = self._sample(logits, input_batch, wants_logprobs)
+        cu_num_logits = input_batch.cu_num_logits
+        sampled, num_sampled = walk_target(
+            speculator.kernels,
+            speculator.trees,
+            speculator.paths,
+            input_batch.idx_mapping,
+            cu_num_logits,
+            target_ids,
+        )
+        if invalid_drafts is not None:
+            cut_paths(
+                speculator.paths, sampled, num_sampled, cu_num_logits, invalid_drafts
+            )
+        logprobs = None
+        if wants_logprobs:
+            logprobs = self._score_paths(
+                scored_logits if processed else logits,
+                sampled,
+                input_batch,
+                num_logprobs,
+            )
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            num_sampled,
+            input_batch.seq_lens,
+            cu_num_logits,
+            input_batch.idx_mapping,
+            sampler.req_states.prefill_len.gpu,
+        )
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=logprobs,
+            num_nans=num_nans,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _sample(
+        self, logits: torch.Tensor, input_batch: Any, wants_logprobs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's pick ``[num_logits]`` int64 and processed logits per node.
+
+        In chunks of requests, because the sampler copies its logits to float32.
+        """
+        rows = input_batch.logits_indices
+        positions = input_batch.positions[rows]
+        input_ids = input_batch.input_ids[rows]
+        seq_lens = input_batch.seq_lens_cpu_upper_bound.numpy()
+        cu_num_logits = input_batch.cu_num_logits_np
+        parts = []
+        for first, last in _chunks(cu_num_logits, get_max_chunk_logits(logits.shape[1])):
+            chunk = slice(int(cu_num_logits[first]), int(cu_num_logits[last]))
+            parts.append(
+                self._sampler.sample(
+                    logits[chunk],
+                    input_batch.expanded_idx_mapping[chunk],
+                    input_batch.idx_mapping[first:last],
+                    input_batch.idx_mapping_np[first:last],
+                    positions[chunk],
+                    input_ids[chunk],
+                    input_batch.expanded_local_pos[chunk],
+                    seq_lens[first:last],
+                    return_logprobs=wants_logprobs,
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]  # type: ignore[no-any-return]
+        picks, processed = zip(*parts, strict=True)
+        return torch.cat(picks), torch.cat(processed) if wants_logprobs else logits
+
+    def _score_paths(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        sampled: torch.Tensor,  # [num_reqs, max_num_nodes] int64
+        input_batch: Any,
+        num_logprobs: int,
+    ) -> Any:
+        """Log-probs of the emitted tokens, in the layout of a chain.
+
+        vLLM reads the first ``num_sampled`` rows of each request, so the rows of the
+        accepted path are put there; the rest repeat the root and are never read.
+        """
+        paths = self._speculator.paths
+        num_reqs, width = sampled.shape
+        cu_num_logits = input_batch.cu_num_logits.long()
+        first_rows, num_rows = cu_num_logits[:-1, None], cu_num_logits.diff()[:, None]
+        columns = torch.arange(width, device=logits.device)
+        on_path = columns <= paths.lengths[:num_reqs, None]
+        nodes = torch.where(on_path, paths.nodes[:num_reqs, :width], 0)
+        in_batch = columns < num_rows
+        rows = (first_rows + nodes)[in_batch]
+        return compute_topk_scores(
+            logits[rows],
+            num_logprobs,
+            sampled[in_batch],
+            input_batch.cu_num_logits_np.tolist(),
+            logits_mode=self._sampler.logprobs_mode
+            in ("raw_logits", "processed_logits"),
+        )
+
+
+def _chunks(cu_num_logits: np.ndarray, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of requests with at most ``max_rows`` rows, never splitting a request."""
+    num_reqs = len(cu_num_logits) - 1
+    first = 0
+    while first < num_reqs:
+        limit = cu_num_logits[first] + max_rows
+        last = int(np.searchsorted(cu_num_logits, limit, side="right")) - 1
+        last = min(num_reqs, max(first + 1, last))
+        yield first, last
+        first = last

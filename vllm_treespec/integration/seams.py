@@ -1,0 +1,210 @@
+"""Every place where treespec meets vLLM, and the tools that check and use it.
+
+``PATCHES`` are replaced; ``HOOKS`` are methods that our classes override or call. Both
+carry the parameters they were written against, because a wrong token is worse than no
+speculation: a seam that moved is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_treespec.integration.engine_args import wrap_create_engine_config
+
+
+class SeamError(RuntimeError):
+    """vLLM no longer looks the way a seam expects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A vLLM callable whose parameters we rely on."""
+
+    target: str  # "module:attribute"
+    parameters: tuple[str, ...]  # what we were written against, leading ones suffice
+    why: str  # what we do there
+
+    def check(self) -> None:
+        """
+        Raises:
+            SeamError: if the target is gone or takes other parameters.
+        """
+        found = tuple(inspect.signature(_resolve(self.target)[2]).parameters)
+        if found[: len(self.parameters)] != self.parameters:
+            raise SeamError(
+                f"{self.target} takes {found}, treespec expects {self.parameters}; "
+                "see 'Supported versions' in README.md"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A vLLM callable that we replace."""
+
+    target: str  # "module:attribute", as the *caller* looks it up
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]  # original -> replacement
+    why: str  # what vLLM lacks; a hook for it would delete this patch
+
+    def install(self) -> None:
+        owner, name, current = _resolve(self.target)
+        if ORIGINAL in vars(current):
+            return  # vLLM may load plugins more than once per process
+        self.check()
+        replacement = self.wrap(current)
+        setattr(replacement, ORIGINAL, current)
+        setattr(owner, name, replacement)
+
+    def uninstall(self) -> None:
+        owner, name, current = _resolve(self.target)
+        setattr(owner, name, vars(current).get(ORIGINAL, current))
+
+    def check(self) -> None:
+        Hook(self.target, self.parameters, self.why).check()
+
+
+ORIGINAL = "__treespec_original__"
+
+PATCHES = (
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        parameters=("self", "usage_context", "headless"),
+        wrap=wrap_create_engine_config,
+        why="the speculative methods are a closed list, so ours is rewritten to one",
+    ),
+)
+
+_GPU = "vllm.v1.worker.gpu"
+HOOKS = (
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.init_device",
+        ("self",),
+        "the speculator is put in place once the model runner exists",
+    ),
+    Hook(
+        f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.load_model",
+        ("self", "target_model"),
+        "attention layers are bound to the trees before the model state is made",
+    ),
+    Hook(
+        f"{_GPU}.spec_decode.speculator:BaseSpeculator.propose",
+        (
+            "self",
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+            "dp_sync_state",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "mm_inputs",
+            "is_profile",
+            "num_speculative_tokens",
+        ),
+        "proposers run and trees are built",
+    ),
+    Hook(
+        f"{_GPU}.model_states:resolve_model_state_cls",
+        ("vllm_config", "model"),
+        "models with recurrent or cross-attention state are refused",
+    ),
+    Hook(
+        f"{_GPU}.model_states.default:DefaultModelState.add_request",
+        ("self", "req_index", "new_req_data"),
+        "a slot's tree and history start over",
+    ),
+    Hook(
+        f"{_GPU}.model_states.interface:ModelState.remove_request",
+        ("self", "req_id"),
+        "proposers keep what the request taught",
+    ),
+    Hook(
+        f"{_GPU}.model_states.interface:ModelState.initialize_kv_cache",
+        ("self", "kv_cache_config", "block_tables"),
+        "the caches that commit compacts become known",
+    ),
+    Hook(
+        f"{_GPU}.model_states.default:DefaultModelState.prepare_attn",
+        ("self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings"),
+        "trees are lined up with the batch, positions become depths",
+    ),
+    Hook(
+        f"{_GPU}.model_states.interface:ModelState.custom_sampler",
+        ("self", "sampler"),
+        "the rejection sampler is ours",
+    ),
+    Hook(
+        f"{_GPU}.model_states.interface:ModelState.postprocess_state",
+        ("self", "idx_mapping", "num_sampled", "num_computed_tokens"),
+        "accepted paths are committed",
+    ),
+    Hook(
+        f"{_GPU}.sample.sampler:Sampler.sample",
+        (
+            "self",
+            "logits",
+            "expanded_idx_mapping",
+            "idx_mapping",
+            "idx_mapping_np",
+            "pos",
+            "input_ids",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "return_logprobs",
+        ),
+        "the target's pick at every node",
+    ),
+    Hook(
+        f"{_GPU}.sample.logprob:compute_topk_scores",
+        ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
+        "log-probs of the accepted path",
+    ),
+    Hook(
+        f"{_GPU}.input_batch:get_num_sampled_and_rejected",
+        ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
+        "vLLM's own accounting of rejected drafts",
+    ),
+    Hook(
+        f"{_GPU}.spec_decode.rejection_sampler:get_max_chunk_logits",
+        ("vocab_size",),
+        "logits are processed in chunks of vLLM's size",
+    ),
+    Hook(
+        "vllm.v1.attention.backends.registry:register_backend",
+        ("backend", "class_path", "is_mamba"),
+        "the attention backend is ours",
+    ),
+)
+
+
+def check_hooks() -> None:
+    """Refuse to run on a vLLM that moved.
+
+    Raises:
+        SeamError: naming the first hook that is gone or changed.
+    """
+    for hook in HOOKS:
+        hook.check()
+
+
+def _resolve(target: str) -> tuple[Any, str, Callable[..., Any]]:
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    owner = importlib.import_module(module)
+    try:
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return owner, name, getattr(owner, name)
+    except AttributeError as error:
+        raise SeamError(f"{target} is gone: {error}") from error

@@ -1,0 +1,38 @@
+"""vLLM's worker, with our speculator in its model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from vllm_treespec.integration.attention import tree_backend
+from vllm_treespec.integration.seams import check_hooks
+from vllm_treespec.integration.speculator import TreeSpeculator
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+class TreeWorker(PlatformWorker):
+    def init_device(self) -> None:
+        check_hooks()
+        super().init_device()
+        runner = self.model_runner
+        runner.speculator = TreeSpeculator(
+            self.vllm_config, runner.device, runner.req_states
+        )
+
+    def load_model(self, **options: Any) -> None:
+        with tree_backend(self.vllm_config):
+            super().load_model(**options)
+
+    def treespec_trees(self) -> dict[str, dict[str, Any]]:
+        """For ``collective_rpc``: the tree awaiting verification of every request."""
+        return self.model_runner.speculator.describe_trees()  # type: ignore[no-any-return]
+
+    def treespec_clear(self) -> None:
+        """For ``collective_rpc``: forget all text that proposers have learned from."""
+        self.model_runner.speculator.pool.clear()
