@@ -74,7 +74,10 @@ def ancestor_mask(
         raise ValueError(
             f"{num_words} mask words hold {num_words * 32} nodes, got {max_num_nodes}"
         )
-    if any(t.stride(-1) != 1 for t in (slots, parents, num_nodes, depths, masks)):
+    if any(
+        t.shape[-1] > 1 and t.stride(-1) != 1
+        for t in (slots, parents, num_nodes, depths, masks)
+    ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     grid = (slots.shape[0], triton.cdiv(max_num_nodes, BLOCK_NODES))
     _ancestor_mask_kernel[grid](

@@ -147,7 +147,10 @@ def gather_trees(
         )
     vectors = (slots, cu_num_logits, query_start_loc, num_nodes, positions)
     outputs = (row_num_nodes, row_depths, row_masks, root_positions)
-    if any(t.stride(-1) != 1 for t in (*vectors, depths, masks, *outputs)):
+    if any(
+        t.shape[-1] > 1 and t.stride(-1) != 1
+        for t in (*vectors, depths, masks, *outputs)
+    ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     _gather_positions_kernel[(max_num_rows,)](
         slots,

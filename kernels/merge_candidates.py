@@ -39,8 +39,7 @@ def _merge_candidates_kernel(
     candidates = tl.arange(0, BLOCK_CANDIDATES)
     nodes = tl.arange(0, BLOCK_NODES)
     merged_token_ids = tl.full([BLOCK_NODES], 0, tl.int32)
-    # -2 is nobody's parent, so that places still empty match no candidate
-    merged_parents = tl.full([BLOCK_NODES], -2, tl.int32)
+    merged_parents = tl.full([BLOCK_NODES], 0, tl.int32)
     merged_log_probs = tl.full([BLOCK_NODES], float("-inf"), tl.float32)
     merged_proposers = tl.full([BLOCK_NODES], 0, tl.int32)
     num_merged = tl.full((), 0, tl.int32)
@@ -53,6 +52,7 @@ def _merge_candidates_kernel(
             log_prob = tl.load(log_probs_ptr + candidate)
             parent_node = tl.sum(tl.where(candidates == parent, node_of, 0), axis=0) - 1
             is_same = (merged_parents == parent_node) & (merged_token_ids == token_id)
+            # places still empty may match as well, but none lies below num_merged
             node = tl.min(tl.where(is_same, nodes, num_merged), axis=0)
             num_merged = tl.maximum(num_merged, node + 1)
             node_of = tl.where(candidates == candidate, node + 1, node_of)
@@ -113,15 +113,14 @@ def merge_candidates(
             f"{num_proposers} proposers of {max_num_candidates} candidates may need as "
             f"many nodes as that, merged_token_ids has {max_num_merged}"
         )
-    if any(
-        t.shape != merged_token_ids.shape or t.stride() != merged_token_ids.stride()
-        for t in merged
-    ):
+    if len({(t.shape, t.stride(0) if t.shape[0] > 1 else 0) for t in merged}) > 1:
         raise ValueError("the merged tensors must have one shape and one stride")
     if min(merged_token_ids.shape[0], num_merged.shape[0]) < num_reqs:
         raise ValueError(f"the merged tensors are shorter than {num_reqs} requests")
     inputs = (token_ids, parents, log_probs, num_candidates)
-    if any(t.stride(-1) != 1 for t in (*inputs, *merged, num_merged)):
+    if any(
+        t.shape[-1] > 1 and t.stride(-1) != 1 for t in (*inputs, *merged, num_merged)
+    ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     _merge_candidates_kernel[(num_reqs,)](
         token_ids,

@@ -133,7 +133,7 @@ def select_nodes(
         ("token_ids, parents, log_probs and proposers", columns),
         ("tree_token_ids, tree_parents and tree_proposers", trees),
     ):
-        layouts = {(t.shape, t.stride()) for t in tensors}
+        layouts = {(t.shape, t.stride(0) if t.shape[0] > 1 else 0) for t in tensors}
         if len(layouts) > 1:
             raise ValueError(f"{names} must have one shape and one stride: {layouts}")
     if max_num_drafts + 1 != tree_parents.shape[1]:
@@ -145,7 +145,10 @@ def select_nodes(
     if any(t.shape[0] < num_reqs for t in (*requests, token_ids, draft_tokens)):
         raise ValueError(f"every per-request tensor must have {num_reqs} rows")
     vectors = (slots, *requests, tree_num_nodes)
-    if any(t.stride(-1) != 1 for t in (*vectors, *columns, *trees, draft_tokens)):
+    if any(
+        t.shape[-1] > 1 and t.stride(-1) != 1
+        for t in (*vectors, *columns, *trees, draft_tokens)
+    ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     _select_nodes_kernel[(num_reqs,)](
         slots,

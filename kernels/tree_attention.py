@@ -9,6 +9,7 @@ import triton.language as tl
 
 MAX_HEAD_SIZE = 256
 WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
+WORD_SHIFT = tl.constexpr(5)  # rounds down where // would round to zero
 
 # Scores are in base 2: exp2 is the hardware's exponential.
 LOG2_E = math.log2(math.e)
@@ -40,9 +41,9 @@ def _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(cache_ptr, block, slot, stride_block, stride_slot, dim, in_tile):
+def _load_tile(cache_ptrs, block, slot, stride_block, stride_slot, in_tile):
     row = block * stride_block + slot * stride_slot
-    return tl.load(cache_ptr + row[:, None] + dim[None, :], mask=in_tile, other=0.0)
+    return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0)
 
 
 @triton.jit
@@ -145,8 +146,8 @@ def _tree_attention_kernel(
     masks_row_ptr = masks_ptr + req * masks_stride_req
     masks_row_ptr += (slot - root).to(tl.int64) * masks_stride_node
     block_table_ptr += req * block_table_stride
-    key_ptr += kv_head * key_stride_head
-    value_ptr += kv_head * value_stride_head
+    key_ptrs = key_ptr + kv_head * key_stride_head + dim[None, :]
+    value_ptrs = value_ptr + kv_head * value_stride_head + dim[None, :]
 
     # Parents precede children, so no row of the tile sees past the last row's slot.
     last = tl.minimum(num_context + first_query + BLOCK_Q, seq_len)
@@ -174,16 +175,10 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptr, block, key_slot, key_stride_block, key_stride_slot, dim, in_tile
+            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
         )
         values = _load_tile(
-            value_ptr,
-            block,
-            key_slot,
-            value_stride_block,
-            value_stride_slot,
-            dim,
-            in_tile,
+            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
         )
         scores = _scores(query, keys, scale, SOFT_CAP)
         if SLIDING_WINDOW > 0:
@@ -194,7 +189,7 @@ def _tree_attention_kernel(
     # The rest in tiles of one mask word per row, aligned to the root. The first may
     # begin among keys already seen.
     masked_start = tl.maximum(first, unmasked_end)
-    num_words = (root - masked_start + WORD_BITS - 1) >> 5
+    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
     for start in range(root - num_words * WORD_BITS, last, WORD_BITS):
         bit = tl.arange(0, WORD_BITS)
         key = start + bit
@@ -203,21 +198,15 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptr, block, key_slot, key_stride_block, key_stride_slot, dim, in_tile
+            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
         )
         values = _load_tile(
-            value_ptr,
-            block,
-            key_slot,
-            value_stride_block,
-            value_stride_slot,
-            dim,
-            in_tile,
+            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
         )
         # No row has a mask word before the root: all of those keys are seen.
         masked_above = tl.where(start < root, seq_len, root)
         words = tl.load(
-            masks_row_ptr + ((start - root) >> 5),
+            masks_row_ptr + ((start - root) >> WORD_SHIFT),
             mask=live & (slot > masked_above),
             other=-1,
         )
@@ -363,7 +352,10 @@ def _check_shapes(
             f"query is {query.dtype}, caches are {key_cache.dtype} and "
             f"{value_cache.dtype}: quantized caches are not supported, use one dtype"
         )
-    if masks.shape[1] != depths.shape[1] or masks.shape[2] * 32 < masks.shape[1]:
+    if (
+        masks.shape[1] != depths.shape[1]
+        or masks.shape[2] * WORD_BITS.value < masks.shape[1]
+    ):
         raise ValueError(
             f"masks are {tuple(masks.shape)} for depths of {tuple(depths.shape)}: "
             "need a bit for every node, 32 in a word"

@@ -95,7 +95,10 @@ def walk_tree(
     if min(num_sampled.shape[0], path_lens.shape[0]) < num_reqs:
         raise ValueError(f"num_sampled and path_lens are shorter than {num_reqs} rows")
     vectors = (slots, cu_num_logits, target_ids, num_nodes, num_sampled, path_lens)
-    if any(t.stride(-1) != 1 for t in (*vectors, token_ids, parents, sampled, paths)):
+    if any(
+        t.shape[-1] > 1 and t.stride(-1) != 1
+        for t in (*vectors, token_ids, parents, sampled, paths)
+    ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     _walk_tree_kernel[(num_reqs,)](
         slots,

@@ -21,13 +21,13 @@ class SuffixConfig:
 
     type: ClassVar[str] = "suffix"
 
-    depth: int = 32
+    depth: int = 64
     """Longest drafted path in tokens."""
 
     max_cached_tokens: int = 1_000_000
     """Tokens of prompts and outputs remembered; the oldest are forgotten first."""
 
-    min_log_prob: float = -6.0
+    min_log_prob: float = -9.0
     """Drop drafts whose path log-probability falls below this, in nats."""
 
     def problems(self) -> Iterator[str]:
@@ -45,13 +45,13 @@ class NgramConfig:
 
     type: ClassVar[str] = "ngram"
 
-    depth: int = 32
+    depth: int = 64
     """Longest drafted path in tokens."""
 
-    min_n: int = 2
+    min_n: int = 1
     """Shortest run of tokens that counts as a match."""
 
-    max_n: int = 8
+    max_n: int = 5
     """Longest run of tokens looked for."""
 
     def problems(self) -> Iterator[str]:

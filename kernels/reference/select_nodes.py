@@ -52,7 +52,7 @@ def _path_costs(parents: torch.Tensor, log_probs: torch.Tensor) -> list[float]:
         is_real = ancestors >= 0
         costs += torch.where(is_real, own_costs[ancestors], 0.0)
         ancestors = torch.where(is_real, parents[ancestors], -1)
-    return costs.nan_to_num(nan=math.inf).tolist()
+    return costs.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
 
 
 def _best_path(order: list[int], parents: list[int]) -> list[int]:

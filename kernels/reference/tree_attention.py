@@ -91,7 +91,7 @@ def _attend(
     scale: float,
     soft_cap: float | None,
 ) -> torch.Tensor:  # [query_len, num_heads, head_size]
-    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    grouped = query.float().reshape(len(query), keys.shape[1], -1, query.shape[2])
     scores = torch.einsum("qhgd,khd->hgqk", grouped, keys.float()) * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)

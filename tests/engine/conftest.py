@@ -12,9 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import gc
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +97,21 @@ class Engine:
         return [
             [list(choice.token_ids) for choice in output.outputs] for output in outputs
         ]
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int = 24, **options: Any
+    ) -> list[list[int]]:
+        """Greedy output token ids per prompt."""
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, detokenize=False, **options
+        )
+        return [choices[0] for choices in self.generate(prompts, params)]
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over its labels, as vLLM reports it."""
+        metrics = [each for each in self.llm.get_metrics() if each.name == name]
+        assert metrics, f"no metric {name}"
+        return sum(each.value for each in metrics)  # type: ignore[attr-defined]
 
     @property
     def runner(self) -> Any:
@@ -204,12 +219,19 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def greedy() -> Callable[..., SamplingParams]:
-    def params(max_tokens: int = 24, **options: Any) -> SamplingParams:
-        options = {"temperature": 0.0, "detokenize": False, **options}
-        return SamplingParams(max_tokens=max_tokens, **options)
+def prompts() -> Callable[..., list[list[int]]]:
+    """Random prompts of awkward lengths, the same for the same arguments."""
 
-    return params
+    def make(
+        count: int = 6, shortest: int = 3, longest: int = 40, seed: int = 0
+    ) -> list[list[int]]:
+        rng = random.Random(seed)
+        return [
+            [
+                rng.randrange(2, VOCAB_SIZE)
+                for _ in range(rng.randint(shortest, longest))
+            ]
+            for _ in range(count)
+        ]
 
-
-__all__ = ["Path"]
+    return make

@@ -217,12 +217,11 @@ def test_groups_may_share_memory_in_different_blocks(device: torch.device):
     idle = (batch.slots + 1) % NUM_SLOTS
     other = table.clone()
     other[batch.slots.long()] = table[idle.long()]
-    batch.layers = KVLayers.describe([cache, cache], [table, other])
-    expected = cache.clone()
-    layers = KVLayers.describe([expected, expected], [table, other])
     arguments = (batch.slots, batch.root_positions, batch.paths, batch.path_lens)
-    reference(layers, *arguments)
-    compact_kv(batch.layers, *arguments)
+    expected = cache.clone()
+    reference(KVLayers.describe([expected], [table]), *arguments)
+    reference(KVLayers.describe([expected], [other]), *arguments)
+    compact_kv(KVLayers.describe([cache, cache], [table, other]), *arguments)
     assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8))
 
 

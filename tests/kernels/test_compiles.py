@@ -79,6 +79,135 @@ def compact_kv(word: tl.dtype, row_words: int) -> Arguments:
     }
 
 
+def int32_arguments(*names: str, **others: Any) -> Arguments:
+    int32s = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+    return int32s | others
+
+
+def ancestor_mask(block_words: int, slots: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "parents_ptr",
+        "parents_stride",
+        "num_nodes_ptr",
+        "depths_ptr",
+        "depths_stride",
+        "masks_ptr",
+        "masks_slot_stride",
+        "masks_node_stride",
+        "num_words",
+        slots_ptr=slots,
+        BLOCK_NODES=64,
+        BLOCK_WORDS=block_words,
+    )
+
+
+def gather_positions(block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "query_start_loc_ptr",
+        "num_nodes_ptr",
+        "depths_ptr",
+        "depths_stride",
+        "row_num_nodes_ptr",
+        "row_depths_ptr",
+        "row_depths_stride",
+        "root_positions_ptr",
+        "num_reqs",
+        positions_ptr="*i64",
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def gather_masks(block_words: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "num_nodes_ptr",
+        "masks_ptr",
+        "masks_slot_stride",
+        "masks_node_stride",
+        "row_masks_ptr",
+        "row_masks_row_stride",
+        "row_masks_node_stride",
+        "num_words",
+        BLOCK_NODES=64,
+        BLOCK_WORDS=block_words,
+    )
+
+
+def walk_tree(block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "num_nodes_ptr",
+        "sampled_stride",
+        "num_sampled_ptr",
+        "paths_ptr",
+        "paths_stride",
+        "path_lens_ptr",
+        "max_num_nodes",
+        target_ids_ptr="*i64",
+        sampled_ptr="*i64",
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def merge_candidates(block_candidates: int, block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "token_ids_ptr",
+        "token_ids_proposer_stride",
+        "token_ids_req_stride",
+        "parents_ptr",
+        "parents_proposer_stride",
+        "parents_req_stride",
+        "log_probs_proposer_stride",
+        "log_probs_req_stride",
+        "num_candidates_ptr",
+        "num_candidates_stride",
+        "merged_token_ids_ptr",
+        "merged_parents_ptr",
+        "merged_proposers_ptr",
+        "merged_stride",
+        "num_merged_ptr",
+        "num_proposers",
+        log_probs_ptr="*fp32",
+        merged_log_probs_ptr="*fp32",
+        BLOCK_CANDIDATES=block_candidates,
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def select_nodes(
+    block_candidates: int, block_drafts: int, chain_only: str = "*i1"
+) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "token_ids_ptr",
+        "parents_ptr",
+        "proposers_ptr",
+        "candidates_stride",
+        "num_candidates_ptr",
+        "budgets_ptr",
+        "tree_token_ids_ptr",
+        "tree_parents_ptr",
+        "tree_proposers_ptr",
+        "tree_stride",
+        "tree_num_nodes_ptr",
+        "draft_tokens_stride",
+        "max_num_drafts",
+        log_probs_ptr="*fp32",
+        chain_only_ptr=chain_only,
+        draft_tokens_ptr="*i64",
+        BLOCK_CANDIDATES=block_candidates,
+        BLOCK_DRAFTS=block_drafts,
+    )
+
+
 # "module:kernel variant" -> its arguments as the wrapper passes them.
 SIGNATURES: dict[str, Arguments] = {
     "compact_kv:_compact_kv_kernel 8-byte words": compact_kv(tl.int64, 64),
@@ -90,7 +219,7 @@ SIGNATURES: dict[str, Arguments] = {
     "tree_attention:_tree_attention_kernel bf16 wide window soft-cap": tree_attention(
         "bf16", 2, 256, SLIDING_WINDOW=4096, SOFT_CAP=72.1, BLOCK_SIZE=544
     ),
-    "tree_attention:_tree_attention_kernel fp32 wide": tree_attention("fp32", 7, 256),
+    "tree_attention:_tree_attention_kernel fp32": tree_attention("fp32", 7, 64),
     "tree_attention:_tree_attention_kernel bf16 decode": tree_attention(
         "bf16",
         1,
@@ -99,6 +228,19 @@ SIGNATURES: dict[str, Arguments] = {
         key_stride_block="i64",
         value_stride_block="i64",
     ),
+    "ancestor_mask:_ancestor_mask_kernel 1025 nodes": ancestor_mask(64),
+    "ancestor_mask:_ancestor_mask_kernel long slots": ancestor_mask(2, slots="*i64"),
+    "gather_trees:_gather_positions_kernel": gather_positions(64),
+    "gather_trees:_gather_positions_kernel 1025 nodes": gather_positions(2048),
+    "gather_trees:_gather_masks_kernel": gather_masks(2),
+    "gather_trees:_gather_masks_kernel 1025 nodes": gather_masks(64),
+    "walk_tree:_walk_tree_kernel": walk_tree(64),
+    "walk_tree:_walk_tree_kernel 1025 nodes": walk_tree(2048),
+    "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
+    "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
+    "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
+    "select_nodes:_select_nodes_kernel int flags": select_nodes(64, 1, "*i32"),
+    "select_nodes:_select_nodes_kernel 512 nodes": select_nodes(512, 1024),
 }
 
 # One process compiles everything: importing Triton takes longer than most kernels.

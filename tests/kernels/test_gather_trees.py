@@ -202,13 +202,10 @@ def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
     batch = make_batch([1, 0], [7, 5], [1, 0], random_parents(2, 7), [4, 7], device)
     expected = Batch(*(tensor.clone() for tensor in vars(batch).values()))
     reference(*vars(expected).values())
-    for name in ("depths", "masks", "row_depths", "row_masks"):
+    # a stride of its own for every buffer
+    for extra, name in enumerate(("depths", "masks", "row_depths", "row_masks"), 1):
         tensor = getattr(batch, name)
-        shape = (
-            tensor.shape[0],
-            tensor.shape[1] + 4,
-            *(s + 2 for s in tensor.shape[2:]),
-        )
+        shape = (len(tensor), *(size + extra for size in tensor.shape[1:]))
         wide = torch.full(shape, STALE, dtype=torch.int32, device=device)
         view = wide[:, :7, :1] if wide.ndim == 3 else wide[:, :7]
         setattr(batch, name, view.copy_(tensor))

@@ -60,12 +60,12 @@ def merge_trees(trees: list[Tree], device: torch.device) -> list[tuple[int, ...]
     """One request's (token id, parent, log-prob, proposers) nodes, in sorted order."""
     size = max(len(tree) for tree in trees)
     padded = [tree + [(STALE, STALE, NAN)] * (size - len(tree)) for tree in trees]
-    token_ids, parents, log_probs = torch.tensor(padded).unbind(-1)
+    token_ids, parents, log_probs = torch.tensor(padded).permute(2, 0, 1).contiguous()
     merged = outputs(1, len(trees) * size, device)
     merge_candidates(
         token_ids.int()[:, None].to(device),
         parents.int()[:, None].to(device),
-        log_probs[:, None].contiguous().to(device),
+        log_probs[:, None].to(device),
         torch.tensor([[len(tree)] for tree in trees], device=device).int(),
         *merged,
     )
@@ -111,7 +111,7 @@ def test_matches_reference(size: int, num_proposers: int, device: torch.device):
 
 def test_matches_reference_at_full_size(device: torch.device):
     candidates = random_candidates(2, 1, 256, vocab_size=4, device=device)
-    candidates.num_candidates.fill_(256)
+    candidates.num_candidates.copy_(torch.tensor([[256], [40]]))
     merged, expected = outputs(1, 512, device), outputs(1, 512, device)
     merge_candidates(*candidates, *merged)
     reference(*candidates, *expected)

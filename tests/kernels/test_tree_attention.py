@@ -209,9 +209,10 @@ def test_reference_matches_plain_python(sliding_window: int, device: torch.devic
     torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 7])
-@pytest.mark.parametrize("head_size", [32, 80])
+@pytest.mark.parametrize(
+    ("head_size", "group", "block_size"),
+    [(32, 1, 16), (32, 3, 48), (32, 7, 16), (80, 1, 48), (80, 3, 16), (80, 4, 48)],
+)
 def test_matches_reference(
     head_size: int, group: int, block_size: int, device: torch.device
 ):
@@ -225,13 +226,13 @@ def test_every_head_size(head_size: int, device: torch.device):
     make_batch(MIXED[:5], device, num_kv_heads=1, head_size=head_size).check()
 
 
-@pytest.mark.parametrize("block_size", [32, 64, 128, 544])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 544])
 def test_every_block_size(block_size: int, device: torch.device):
     request = Request(600, 0, SMALL_TREE)
     make_batch([*MIXED, request], device, num_kv_heads=1, block_size=block_size).check()
 
 
-@pytest.mark.parametrize("group", [5, 6, 16, 71])
+@pytest.mark.parametrize("group", [5, 6, 16, 20])
 def test_every_group_size(group: int, device: torch.device):
     make_batch(MIXED, device, num_kv_heads=1, group=group).check()
 
@@ -376,33 +377,29 @@ def test_max_query_len_only_sizes_the_tiles(device: torch.device):
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
 
 
+def widened(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same values as a view of a poisoned buffer, three wider along ``dim``."""
+    shape = list(tensor.shape)
+    shape[dim] += 3
+    wide = tensor.new_full(shape, NAN if tensor.is_floating_point() else STALE)
+    return wide.narrow(dim, 2, tensor.shape[dim]).copy_(tensor)
+
+
 def test_reads_views_of_wider_buffers(device: torch.device):
     batch = make_batch(MIXED, device)
 
-    def widen(tensor: torch.Tensor, dim: int, fill: float) -> torch.Tensor:
-        """The same values as a view of a buffer three wider along ``dim``."""
-        shape = list(tensor.shape)
-        shape[dim] += 3
-        wide = tensor.new_full(shape, fill)
-        view = wide.narrow(dim, 2, tensor.shape[dim])
-        return view.copy_(tensor)
-
-    for name, dim, fill in (
-        ("query", 1, NAN),
-        ("block_table", 1, STALE),
-        ("depths", 1, STALE),
-        ("masks", 1, STALE),
-        ("masks", 2, STALE),
+    for name, dim in (
+        ("query", 1),
+        ("block_table", 1),
+        ("depths", 1),
+        ("masks", 1),
+        ("masks", 2),
     ):
-        batch.arguments[name] = widen(batch.arguments[name], dim, fill)
-    # Tokens outermost in a block, keys and values in memory of their own.
-    for name in ("key_cache", "value_cache"):
-        cache = batch.arguments[name]
-        batch.arguments[name] = (
-            widen(cache.transpose(1, 2).contiguous(), 2, NAN).transpose(1, 2)
-            if name == "key_cache"
-            else widen(cache, 0, NAN)
-        )
+        batch.arguments[name] = widened(batch.arguments[name], dim)
+    # Keys and values in memory of their own; a block's tokens outside its heads.
+    key_cache = batch.arguments["key_cache"].transpose(1, 2).contiguous()
+    batch.arguments["key_cache"] = widened(key_cache, 2).transpose(1, 2)
+    batch.arguments["value_cache"] = widened(batch.arguments["value_cache"], 0)
     expected = batch.run(reference)
     output = torch.full((*expected.shape[:2], 40), NAN, device=device)[..., :32]
     batch.arguments["output"] = output
@@ -424,7 +421,6 @@ def test_reads_views_of_wider_buffers(device: torch.device):
         ({"value_cache": torch.zeros(1, 2, 16, 64)}, "head size, 32"),
         ({"key_cache": torch.zeros(4, 2, 16, 32).half()}, "one dtype"),
         ({"masks": torch.zeros(2, 40, 1), "depths": torch.zeros(2, 40)}, "32 in a"),
-        ({"query": torch.zeros(4, 32, 8).transpose(0, 2)}, "query|like"),
     ],
 )
 def test_rejects_shapes_that_do_not_fit(

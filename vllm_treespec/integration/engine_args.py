@@ -140,5 +140,9 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "multi-head latent attention (MLA) has no tree kernel"
     if model.uses_mrope:
         yield "M-RoPE positions are not defined on trees"
+    if model.is_mm_prefix_lm:
+        yield "bidirectional attention inside images or prefixes has no tree kernel"
+    if model.rswa_window is not None:
+        yield f"rswa_window={model.rswa_window}: this window has no tree kernel"
     if model.runner_type != "generate":
         yield f"runner={model.runner_type!r}: only generation decodes"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -22,6 +23,7 @@ from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose import DecodeStep
 from vllm_treespec.core.propose.factory import make_proposers
 from vllm_treespec.core.propose.pool import ProposerPool
+from vllm_treespec.core.schedule import num_useful_drafts
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import TreeForward
@@ -71,6 +73,7 @@ class TreeSpeculator(DraftModelSpeculator):
         )
         self._chain_only = np.zeros(max_num_reqs, dtype=np.bool_)
         self._slots: dict[str, int] = {}
+        self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
 
     def _set_what_the_runner_reads(self) -> None:
         self.model = None
@@ -100,13 +103,13 @@ class TreeSpeculator(DraftModelSpeculator):
             AttentionLayerBase,  # type: ignore[type-abstract]
         )
         for name, layer in layers.items():
-            impl = layer.impl  # type: ignore[attr-defined]
-            if not isinstance(impl, TreeForward):
+            # Subclasses chunk, cross or sink: their metadata describe no tree.
+            if type(layer) is not Attention or not isinstance(layer.impl, TreeForward):
                 raise ConfigError(
-                    f"layer {name} attends through {type(impl).__name__}, "
+                    f"layer {name} is a {type(layer).__name__}, "
                     "which does not know trees"
                 )
-            impl.bind(self.kernels, self.batch, layer.sliding_window)  # type: ignore[attr-defined]
+            layer.impl.bind(self.kernels, self.batch, layer.sliding_window)
         target_model.get_model_state_cls = lambda: TreeModelState.bound_to(self)  # type: ignore[assignment]
 
     def set_attn(self, *args: Any) -> None:
@@ -126,7 +129,8 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         self._slots[req_id] = slot
         self.trees.reset(slot)
-        self._chain_only[slot] = chain_reason(sampling_params, self.vllm_config) is not None
+        reason = chain_reason(sampling_params, self.vllm_config)
+        self._chain_only[slot] = reason is not None
         # The pool first: it waits until nobody reads the slot's old history.
         self.pool.add_request(slot)
         self.history.start(slot, token_ids)
@@ -173,11 +177,17 @@ class TreeSpeculator(DraftModelSpeculator):
         # A request still in its prefill has no newest token to continue.
         budgets = np.where(counts > 0, num_speculative_tokens, 0).astype(np.int32)
         candidates = self.pool.propose(step)
+        self._num_drafts[slots_np] = num_useful_drafts(candidates, budgets)
         draft_tokens = self.builder.build(
             candidates, input_batch.idx_mapping, budgets, self._chain_only[slots_np]
         )
         self.pool.learn(step)
         return draft_tokens
+
+    def num_drafts(self, req_id: str) -> int:
+        """Draft tokens of the request that are worth scheduling."""
+        slot = self._slots.get(req_id)
+        return 0 if slot is None else int(self._num_drafts[slot])
 
     def _append_sampled(
         self,

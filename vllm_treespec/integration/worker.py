@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.v1.outputs import DraftTokenIds
 
 from vllm_treespec.integration.attention import tree_backend
 from vllm_treespec.integration.seams import check_hooks
@@ -28,6 +29,22 @@ class TreeWorker(PlatformWorker):
     def load_model(self, **options: Any) -> None:
         with tree_backend(self.vllm_config):
             super().load_model(**options)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Drafts for the synchronous scheduler, without the padding behind them."""
+        drafts = super().take_draft_token_ids()
+        if drafts is None:
+            return None
+        num_drafts = self.model_runner.speculator.num_drafts
+        return DraftTokenIds(
+            drafts.req_ids,
+            [
+                token_ids[: num_drafts(req_id)]
+                for req_id, token_ids in zip(
+                    drafts.req_ids, drafts.draft_token_ids, strict=True
+                )
+            ],
+        )
 
     def treespec_trees(self) -> dict[str, dict[str, Any]]:
         """For ``collective_rpc``: the tree awaiting verification of every request."""

@@ -7,12 +7,12 @@ Triton has no CPU compiler here, so kernels run in its interpreter
 
 import os
 
+from treespec_cpu_host import async_scheduling, interpreter
+
 
 def register() -> None:
     """vLLM plugin: repair the interpreter, and allow async scheduling on request."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    from treespec_cpu_host import async_scheduling, interpreter
-
     interpreter.install()
     async_scheduling.install()

@@ -1,0 +1,37 @@
+# Every target works on a machine without a GPU, except bench.
+# Safe path: ./kernels must never shadow the PyPI package of that name.
+export PYTHONSAFEPATH = 1
+export OMP_NUM_THREADS ?= 1
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check types format bench clean
+
+demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## format and lint
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+types: $(VENV)/installed  ## mypy cannot see through the package mapping, so check an installed copy
+	rm -rf build
+	$(BIN)/pip install -q --no-deps --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vllm_treespec
+
+bench: $(VENV)/installed  ## tables for benchmarks/results
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/installed: pyproject.toml tools/install.sh tools/*/pyproject.toml
+	PYTHON=$(PYTHON) bash tools/install.sh $(VENV)
+	touch $@

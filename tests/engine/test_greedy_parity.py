@@ -1,0 +1,236 @@
+"""Greedy output through the real engine is, token for token, that of no speculation.
+
+Trees come from an adversary that plants the true continuation on random branches and
+garbage elsewhere, so every test also shows that paths were accepted off the first one.
+"""
+
+from __future__ import annotations
+
+import pytest
+from vllm import SamplingParams
+
+from vllm_treespec.testing.planted import PlantedProposer
+
+
+def truths_of(prompts, outputs):
+    return [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+@pytest.fixture
+def check(start, acceptance):
+    """Run prompts plainly, then on planted trees with the same engine options."""
+
+    def check(
+        model, prompts, *, max_tokens=24, tree=None, nodes=8, seed=0, params=None, **options
+    ):
+        sampling = params or {}
+        plain = start(model, **options).greedy(prompts, max_tokens, **sampling)
+        engine = start(
+            model,
+            truths=truths_of(prompts, plain),
+            tree=tree,
+            num_speculative_tokens=nodes,
+            seed=seed,
+            **options,
+        )
+        assert engine.greedy(prompts, max_tokens, **sampling) == plain
+        assert engine.proposers[0].num_planted > 0
+        return engine
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3", "mistral", "gemma2", "mixtral"]
+)
+def test_every_architecture_keeps_its_tokens(
+    architecture, model_path, prompts, check, acceptance
+):
+    check(model_path(architecture), prompts(), nodes=12, max_tokens=32)
+    assert acceptance.off_first_branch > 0
+    assert max(acceptance.lengths) > 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_interpreted_triton_kernels_keep_their_tokens(
+    architecture, model_path, prompts, check, acceptance
+):
+    check(
+        model_path(architecture),
+        prompts(3, longest=30),
+        max_tokens=12,
+        tree={"kernels": "triton"},
+    )
+    assert acceptance.off_first_branch > 0
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 31, 32, 70])
+def test_any_number_of_nodes(nodes, model_path, prompts, check, acceptance):
+    check(model_path("llama"), prompts(), nodes=nodes, seed=nodes)
+    assert sum(acceptance.lengths) > 0
+    if nodes > 2:
+        assert acceptance.off_first_branch > 0
+
+
+def test_a_single_request(model_path, prompts, check, acceptance):
+    check(model_path("llama"), prompts(1), max_tokens=60)
+    assert acceptance.off_first_branch > 0
+
+
+def test_more_requests_than_the_batch_holds(model_path, prompts, check, acceptance):
+    check(model_path("llama"), prompts(20), max_num_seqs=4)
+    assert acceptance.off_first_branch > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_async_scheduling(architecture, model_path, prompts, check, acceptance):
+    engine = check(model_path(architecture), prompts(), async_scheduling=True)
+    assert type(engine.scheduler).__name__ == "AsyncScheduler"
+    assert acceptance.off_first_branch > 0
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_shared_prefixes_are_cached_as_committed(
+    async_scheduling, model_path, prompts, start, acceptance
+):
+    """A wrong commit would poison the cache, and the next request would read it."""
+    prefix = prompts(1, shortest=70, longest=70, seed=7)[0]
+    first = [prefix + tail for tail in prompts(4, shortest=1, longest=9)]
+    options = dict(
+        enable_prefix_caching=True, block_size=32, async_scheduling=async_scheduling
+    )
+    plain = start(model_path("llama"), **options)
+    answers = plain.greedy(first, 48)
+    # The next turn repeats the answer, whose KV was committed from trees.
+    second = [p + a + [5, 6] for p, a in zip(first, answers, strict=True)]
+    follow_ups = plain.greedy(second, 24)
+
+    truths = truths_of(first, answers) + truths_of(second, follow_ups)
+    engine = start(model_path("llama"), truths=truths, **options)
+    assert engine.greedy(first, 48) == answers
+    hits = engine.metric("vllm:prefix_cache_hits")
+    assert engine.greedy(second, 24) == follow_ups
+    assert engine.metric("vllm:prefix_cache_hits") > hits + len(prefix)
+    assert acceptance.off_first_branch > 0
+
+
+def test_chunked_prefill_beside_trees(model_path, prompts, check, acceptance):
+    """A long prompt is read in chunks while short requests already decode on trees."""
+    long_and_short = prompts(3, shortest=150, longest=190) + prompts(5, longest=9)
+    check(
+        model_path("llama"),
+        long_and_short,
+        max_num_batched_tokens=64,
+        max_tokens=30,
+    )
+    assert acceptance.off_first_branch > 0
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_preemption(async_scheduling, model_path, prompts, check, acceptance):
+    engine = check(
+        model_path("llama"),
+        prompts(6, shortest=20, longest=40),
+        max_tokens=70,
+        block_size=32,
+        num_gpu_blocks_override=13,
+        async_scheduling=async_scheduling,
+    )
+    assert engine.metric("vllm:num_preemptions") > 0
+    assert acceptance.off_first_branch > 0
+
+
+def test_requests_that_end_at_max_model_len(model_path, prompts, check, acceptance):
+    check(
+        model_path("llama"),
+        prompts(4, shortest=40, longest=60),
+        max_tokens=200,
+        max_model_len=96,
+        nodes=16,
+        params={"ignore_eos": True},
+    )
+    assert acceptance.off_first_branch > 0
+
+
+def test_stop_tokens_inside_an_accepted_path(model_path, prompts, start, acceptance):
+    batch = prompts()
+    free = start(model_path("llama")).greedy(batch, 40)
+    stops = sorted({output[len(output) // 2] for output in free})
+    plain = start(model_path("llama")).greedy(batch, 40, stop_token_ids=stops)
+    assert any(len(cut) < len(whole) for cut, whole in zip(plain, free, strict=True))
+    engine = start(model_path("llama"), truths=truths_of(batch, free))
+    assert engine.greedy(batch, 40, stop_token_ids=stops) == plain
+    # Paths ran past the stop: what came after it was accepted, then cut.
+    emitted = sum(acceptance.lengths) + len(acceptance.lengths)
+    assert emitted > sum(map(len, plain)) - len(plain)
+
+
+def test_eos_inside_an_accepted_path(model_path, prompts, start):
+    """Forced by bias-free means: the end-of-text id is one that greedy output holds."""
+    batch = prompts()
+    free = start(model_path("llama")).greedy(batch, 40, ignore_eos=True)
+    eos = max(range(97), key=lambda token: sum(token in output for output in free))
+    options = dict(hf_overrides={"eos_token_id": eos}, generation_config="vllm")
+    plain = start(model_path("llama"), **options).greedy(batch, 40)
+    assert any(len(cut) < len(whole) for cut, whole in zip(plain, free, strict=True))
+    engine = start(model_path("llama"), truths=truths_of(batch, free), **options)
+    assert engine.greedy(batch, 40) == plain
+
+
+def test_several_choices_of_one_prompt(model_path, prompts, start, acceptance):
+    batch = prompts(3)
+    params = SamplingParams(
+        n=3, temperature=0.9, seed=5, max_tokens=20, detokenize=False
+    )
+    plain = start(model_path("llama")).generate(batch, params)
+    assert len({tuple(choice) for choice in plain[0]}) > 1
+    truths = [
+        prompt + choice
+        for prompt, choices in zip(batch, plain, strict=True)
+        for choice in choices
+    ]
+    engine = start(model_path("llama"), truths=truths)
+    assert engine.generate(batch, params) == plain
+    assert acceptance.off_first_branch > 0
+
+
+def test_aborting_a_request_leaves_the_others_alone(
+    model_path, prompts, start, acceptance
+):
+    batch = prompts(5)
+    plain = start(model_path("llama")).greedy(batch, 40)
+    engine = start(model_path("llama"), truths=truths_of(batch, plain))
+    core = engine.llm.llm_engine
+    params = SamplingParams(max_tokens=40, temperature=0.0, detokenize=False)
+    for index, prompt in enumerate(batch):
+        core.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    finished = {}
+    steps = 0
+    while core.has_unfinished_requests():
+        steps += 1
+        if steps == 4:
+            core.abort_request(["1", "3"])
+        if steps == 6:  # newcomers take the freed slots
+            core.add_request("5", {"prompt_token_ids": batch[1]}, params)
+        for output in core.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+    kept = {key: value for key, value in finished.items() if key in "0245"}
+    expected = [plain[0], plain[2], plain[4], plain[1]]
+    assert [kept[key] for key in "0245"] == expected
+    assert acceptance.off_first_branch > 0
+
+
+def test_block_sizes(model_path, prompts, check, acceptance):
+    for block_size in (32, 64, 128):
+        check(model_path("llama"), prompts(4), block_size=block_size)
+    assert acceptance.off_first_branch > 0
+
+
+def test_the_adversary_hides_the_truth_off_the_first_branch():
+    """The harness itself: a planted tree holds the truth, and not only in front."""
+    proposer = PlantedProposer([[1, 2, 3, 4, 5, 6]], vocab_size=97, max_nodes=16)
+    trees = [proposer._plant([3, 4, 5, 6]) for _ in range(200)]
+    depth_first = [tree for tree in trees if tree[0][1] == 3]
+    assert 0 < len(depth_first) < len(trees)
+    assert proposer.num_planted > 100

@@ -1,0 +1,163 @@
+"""``vllm serve`` with the flag, in processes of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+TARGET = Path(__file__).parents[2] / "models/python-stdlib/target"
+VLLM = Path(sys.executable).with_name("vllm")
+TREE = {
+    "method": "treespec",
+    "num_speculative_tokens": 8,
+    "tree": {"proposers": [{"type": "suffix"}, {"type": "ngram"}]},
+}
+PROMPT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
+
+
+def command(speculative: dict[str, Any] | None, port: int) -> list[str]:
+    extra = []
+    if speculative is not None:
+        extra = ["--speculative-config", json.dumps(speculative)]
+    return [
+        *(str(VLLM), "serve", str(TARGET), "--served-model-name", "tiny"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+        *("--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"),
+        *("--kv-cache-memory-bytes", str(2**25), *extra),
+    ]
+
+
+def environment() -> dict[str, str]:
+    # This process runs engines in-process; the server must not.
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key != "VLLM_ENABLE_V1_MULTIPROCESSING"
+    }
+    return {**env, "PYTHONSAFEPATH": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module", params=["plain", "tree"])
+def answers(request: Any, tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
+    """What a server says, without and with trees; the second may look at the first."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "log"
+    speculative = TREE if request.param == "tree" else None
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command(speculative, port),
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        wait_until_ready(server, client, log)
+        yield ask_everything(client) | {"kind": request.param, "port": port}
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_until_ready(
+    server: subprocess.Popen[bytes], client: openai.OpenAI, log: Path
+) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            client.models.list()
+            return
+        except openai.APIConnectionError:
+            time.sleep(1)
+    raise AssertionError("the server did not answer: " + log.read_text()[-4000:])
+
+
+def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
+    common: dict[str, Any] = dict(model="tiny", max_tokens=32, temperature=0.0)
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    completion = client.completions.create(prompt=PROMPT, **common)
+    streamed = client.completions.create(prompt=PROMPT, stream=True, **common)
+    chat = client.chat.completions.create(messages=messages, **common)
+    chat_stream = client.chat.completions.create(
+        messages=messages, stream=True, **common
+    )
+    seeded = client.completions.create(
+        prompt=PROMPT, **{**common, "temperature": 0.8}, seed=3, logprobs=2
+    )
+    return {
+        "completion": completion.choices[0].text,
+        "stream": "".join(part.choices[0].text for part in streamed),
+        "chat": chat.choices[0].message.content,
+        "chat stream": "".join(
+            part.choices[0].delta.content or "" for part in chat_stream if part.choices
+        ),
+        "seeded": seeded.choices[0].text,
+        "usage": completion.usage.completion_tokens,
+    }
+
+
+SEEN: dict[str, dict[str, Any]] = {}
+
+
+def test_a_server_with_trees_answers_as_one_without(answers: dict[str, Any]):
+    assert answers["stream"] == answers["completion"]
+    assert answers["chat stream"] == answers["chat"]
+    kind = answers.pop("kind")
+    port = answers.pop("port")
+    SEEN[kind] = answers
+    if kind == "tree":
+        assert answers == SEEN["plain"]
+        assert counter(port, "vllm:spec_decode_num_accepted_tokens_total") > 0
+
+
+def counter(port: int, name: str) -> float:
+    from urllib.request import urlopen
+
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        (
+            {"method": "treespec", "tree": {"proposers": [{"type": "sufix"}]}},
+            "did you mean 'suffix'",
+        ),
+        (
+            {"method": "treespec", "num_speculative_tokens": 5000},
+            "num_speculative_tokens=5000: must be in [1, 1024]",
+        ),
+    ],
+)
+def test_a_wrong_flag_ends_the_server_with_one_clear_error(
+    speculative: dict[str, Any], message: str
+):
+    result = subprocess.run(
+        command(speculative, free_port()),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Loading safetensors" not in result.stdout + result.stderr

@@ -1,0 +1,48 @@
+"""Observe: was it worth it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def walk(
+    token_ids: Sequence[int],  # per node; the root's is not looked at
+    parents: Sequence[int],  # per node, root -1
+    emitted: Sequence[int],  # what the target said after the root
+) -> list[int]:
+    """Nodes of the accepted path, root excluded."""
+    edges = {
+        (parent, token): node
+        for node, (parent, token) in enumerate(zip(parents, token_ids, strict=True))
+        if parent >= 0
+    }
+    path: list[int] = []
+    for token in emitted:
+        node = edges.get((path[-1] if path else 0, token))
+        if node is None:
+            break
+        path.append(node)
+    return path
+
+
+def draw_tree(
+    labels: Sequence[str],  # per node
+    parents: Sequence[int],  # per node, root -1, parents before children
+    accepted: Sequence[int],  # nodes of the accepted path, root excluded
+) -> str:
+    """The tree as text, one node a line, ``*`` before accepted nodes."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            children[parent].append(node)
+    on_path = set(accepted)
+    lines = [f"  {labels[0]}"]
+    stack = [(child, "") for child in reversed(children[0])]
+    while stack:
+        node, indent = stack.pop()
+        last = node == children[parents[node]][-1]
+        mark = "*" if node in on_path else " "
+        lines.append(f"{mark} {indent}{'`-' if last else '|-'} {labels[node]}")
+        deeper = indent + ("   " if last else "|  ")
+        stack += [(child, deeper) for child in reversed(children[node])]
+    return "\n".join(lines)
