@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed  ## format and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -32,14 +32,14 @@ from vllm_treespec.core.observe import draw_tree, walk
 
 MODELS = Path(__file__).parents[1] / "models" / "python-stdlib"
 PROMPTS = {
-    "write a parser": '''import argparse
+    "write a parser": """import argparse
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--output",''',
-    "repeat a pattern": '''class TestMath(unittest.TestCase):
+    parser.add_argument("--output",""",
+    "repeat a pattern": """class TestMath(unittest.TestCase):
     def test_add(self):
         self.assertEqual(add(1, 2), 3)
 
@@ -47,8 +47,8 @@ def main():
         self.assertEqual(sub(3, 2), 1)
 
     def test_mul(self):
-''',
-    "edit a function": '''# before
+""",
+    "edit a function": """# before
 def read_lines(path):
     with open(path) as file:
         lines = file.readlines()
@@ -56,7 +56,7 @@ def read_lines(path):
 
 # after
 def read_lines(path):
-    with open(path)''',
+    with open(path)""",
     "open text": "def __init__(self, name, value=None):\n",
 }
 
@@ -213,7 +213,8 @@ def print_best_tree(model: str, answers: dict[str, Answer]) -> None:
     proposers = [" + ".join(names) for names in tree["proposers"]]
     width = max(len(label) for label in labels) + 2
     labels = ["(root)"] + [
-        f"{label:{width}}{who}" for label, who in zip(labels[1:], proposers[1:], strict=True)
+        f"{label:{width}}{who}"
+        for label, who in zip(labels[1:], proposers[1:], strict=True)
     ]
     print(f"\nA tree of '{name}', accepted path marked *\n")
     print(draw_tree(labels, tree["parents"], path))

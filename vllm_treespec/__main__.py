@@ -12,7 +12,9 @@ from vllm_treespec.config import METHOD, ConfigError, TreeSpecConfig
 
 def main(arguments: list[str] | None = None) -> int:
     """Print versions, seams and the parsed config; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_treespec", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_treespec", description=__doc__
+    )
     parser.add_argument(
         "speculative_config",
         nargs="?",

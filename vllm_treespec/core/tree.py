@@ -29,7 +29,9 @@ class TreeBuffers:
     depths: torch.Tensor  # [max_num_reqs, max_num_nodes] int32, root 0
     masks: torch.Tensor  # [max_num_reqs, max_num_nodes, words] int32, bit j: node j
     proposers: torch.Tensor  # [max_num_reqs, max_num_nodes] int32, bit per proposer
-    num_nodes: torch.Tensor  # [max_num_reqs] int32, root included, stale columns past it
+    num_nodes: (
+        torch.Tensor
+    )  # [max_num_reqs] int32, root included, stale columns past it
 
     @classmethod
     def allocate(

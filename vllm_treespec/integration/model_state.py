@@ -48,7 +48,7 @@ class TreeModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         forward_context = self.vllm_config.compilation_config.static_forward_context
-        caches, tables, seen = [], [], set()
+        caches, tables = [], []
         for group, table, block_size in zip(
             kv_cache_config.kv_cache_groups,
             block_tables.block_tables,
@@ -57,9 +57,6 @@ class TreeModelState(DefaultModelState):
         ):
             for name in group.layer_names:
                 cache = forward_context[name].kv_cache
-                if cache.data_ptr() in seen:
-                    continue  # layers that share a cache: it moves once
-                seen.add(cache.data_ptr())
                 if cache.shape[2] != block_size:
                     raise ConfigError(
                         f"layer {name}: the kernel's blocks hold {cache.shape[2]} "

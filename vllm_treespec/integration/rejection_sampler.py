@@ -47,9 +47,7 @@ class TreeRejectionSampler:
             input_batch.idx_mapping_np
         )
         wants_logprobs = num_logprobs != NO_LOGPROBS
-        processed = (
-            wants_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        )
+        processed = wants_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         target_ids, scored_logits = self._sample(logits, input_batch, wants_logprobs)
         cu_num_logits = input_batch.cu_num_logits
         sampled, num_sampled = walk_target(
@@ -100,7 +98,9 @@ class TreeRejectionSampler:
         seq_lens = input_batch.seq_lens_cpu_upper_bound.numpy()
         cu_num_logits = input_batch.cu_num_logits_np
         parts = []
-        for first, last in _chunks(cu_num_logits, get_max_chunk_logits(logits.shape[1])):
+        for first, last in _chunks(
+            cu_num_logits, get_max_chunk_logits(logits.shape[1])
+        ):
             chunk = slice(int(cu_num_logits[first]), int(cu_num_logits[last]))
             parts.append(
                 self._sampler.sample(

@@ -100,7 +100,7 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         layers = get_layers_from_vllm_config(
             self.vllm_config,
-            AttentionLayerBase,  # type: ignore[type-abstract]
+            AttentionLayerBase,
         )
         for name, layer in layers.items():
             # Subclasses chunk, cross or sink: their metadata describe no tree.
@@ -208,7 +208,7 @@ class TreeSpeculator(DraftModelSpeculator):
         host = torch.cat([num_sampled[:, None], newest], dim=1).cpu().numpy()
         counts, sampled = host[:, 0], host[:, 1:]
         self.history.append(slots_np, sampled, counts)
-        return counts  # type: ignore[no-any-return]
+        return counts
 
     def _show_logits_to_profiler(self) -> None:
         """Claim what verification will, so that the KV cache leaves room for it."""
@@ -227,7 +227,11 @@ class TreeSpeculator(DraftModelSpeculator):
                 "token_ids": self.trees.token_ids[slot, :count].tolist(),
                 "parents": self.trees.parents[slot, :count].tolist(),
                 "proposers": [
-                    [name for index, name in enumerate(self.pool.names) if bit >> index & 1]
+                    [
+                        name
+                        for index, name in enumerate(self.pool.names)
+                        if bit >> index & 1
+                    ]
                     for bit in bits
                 ],
             }

@@ -56,7 +56,9 @@ def _with_tensor_range(patch: Callable[..., None]) -> Callable[..., None]:
     ) -> Iterator[tl.tensor]:
         first, last = (0, start) if stop is None else (start, stop)
         for value in range(first, last, step or 1):
-            yield tl.tensor(TensorHandle(np.array([value], np.int32), tl.int32), tl.int32)
+            yield tl.tensor(
+                TensorHandle(np.array([value], np.int32), tl.int32), tl.int32
+            )
 
     def patched(lang: Any, scope: Any) -> None:
         patch(lang, scope)

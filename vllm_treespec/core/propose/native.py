@@ -14,7 +14,11 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def native(function: F) -> F:
-    """Compiled at the first call, then cached on disk next to the source."""
+    """Compiled at the first call, then cached on disk next to the source.
+
+    The cache looks at the caller's file only: after editing a native function that
+    another file calls, touch that file too.
+    """
     return cast(F, numba.njit(nogil=True, cache=True)(function))
 
 

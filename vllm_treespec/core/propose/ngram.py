@@ -10,8 +10,8 @@ from vllm_treespec.core.propose.native import frozen, native
 
 MATCHES_PER_LENGTH = 8  # most recent ones of each match length
 CHUNK = 64  # tokens compared at once, so that LLVM uses vector instructions
-LENGTH_BASE = 3.0  # one more matching token makes a match this many times as credible
-ESCAPE_WEIGHT = 2.0  # against LENGTH_BASE ** 0 for a match of one token
+LENGTH_BASE = 1.5  # one more matching token makes a match this many times as credible
+ESCAPE_WEIGHT = 3.0  # of no match at all, against 1 for a match of one token
 
 
 class NgramProposer:

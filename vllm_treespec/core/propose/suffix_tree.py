@@ -119,6 +119,53 @@ def _next_entry(
 
 
 @native
+def _add_node(
+    nodes: npt.NDArray[np.int64],
+    probs: npt.NDArray[np.float32],
+    hashes: npt.NDArray[np.uint64],
+    parent: int,
+    node: int,
+    token: int,
+    path_prob: np.float32,
+) -> None:
+    extend_hashes(hashes, parent, node, token)
+    nodes[node, DEPTH] = nodes[parent, DEPTH] + 1
+    nodes[node, LEVEL] = 0
+    nodes[node, NUM_SEEN] = 0
+    nodes[node, LONGEST] = nodes[parent, LONGEST] + 1
+    nodes[node, LONGEST + 1] = nodes[parent, LONGEST + 1] + 1
+    probs[node, PATH_PROB] = path_prob
+    probs[node, WITHHELD] = np.float32(1)
+
+
+@native
+def _rate(
+    calibration: npt.NDArray[np.float32],
+    level: int,
+    seen: npt.NDArray[np.int64],
+    node: int,
+    first: int,
+    end: int,
+    shares: npt.NDArray[np.float32],
+    first_offer: int,
+) -> np.float32:
+    """Write how often followers like these came true; return the sum."""
+    total = total_count(seen, node, first, end)
+    mass = np.float32(0)
+    for place in range(first, end):
+        count = seen[node, place] & MAX_COUNT
+        newest = seen[node, place] >> COUNT_BITS & 1
+        row, column = bucket_of(count), bucket_of(total - count)
+        share = (
+            calibration[level, row, column, newest, HITS]
+            / calibration[level, row, column, newest, TRIALS]
+        )
+        shares[first_offer + place - first] = share
+        mass += share
+    return mass
+
+
+@native
 def grow_tree(
     entries: npt.NDArray[np.uint32],
     calibration: npt.NDArray[np.float32],
@@ -161,23 +208,16 @@ def grow_tree(
         score, item = scores[0], items[0]
         _drop_top(scores, items, sizes)
         if item >= 0:
-            parent, token = offers[item, NODE], offers[item, TOKEN]
-            token_ids[num_taken] = token
+            parent = offers[item, NODE]
+            token_ids[num_taken] = offers[item, TOKEN]
             parents[num_taken] = parent - 1
             log_probs[num_taken] = np.log(shares[item])
             num_taken += 1
-            if nodes[parent, DEPTH] + 1 == max_depth:
-                continue
-            nodes[num_taken, DEPTH] = nodes[parent, DEPTH] + 1
-            nodes[num_taken, LEVEL] = 0
-            nodes[num_taken, NUM_SEEN] = 0
-            nodes[num_taken, LONGEST] = nodes[parent, LONGEST] + 1
-            nodes[num_taken, LONGEST + 1] = nodes[parent, LONGEST + 1] + 1
-            probs[num_taken, PATH_PROB] = score
-            probs[num_taken, WITHHELD] = np.float32(1)
-            extend_hashes(hashes, parent, num_taken, token)
-            confidence = max(shares[item], MIN_CONFIDENCE)
-            _push(scores, items, sizes, score * confidence, -1 - num_taken)
+            if nodes[parent, DEPTH] + 1 < max_depth:
+                token = offers[item, TOKEN]
+                _add_node(nodes, probs, hashes, parent, num_taken, token, score)
+                confidence = max(shares[item], MIN_CONFIDENCE)
+                _push(scores, items, sizes, score * confidence, -1 - num_taken)
             continue
         node = -1 - item
         entry = _next_entry(
@@ -194,37 +234,24 @@ def grow_tree(
         )
         if entry < 0:
             continue
-        level = nodes[node, LEVEL] - 1
         first = nodes[node, NUM_SEEN]
         end = read_followers(entries, entry, seen, node, first)
         nodes[node, NUM_SEEN] = end
-        total = total_count(seen, node, first, end)
+        level = nodes[node, LEVEL] - 1
         first_offer = sizes[OFFERS]
-        mass = np.float32(0)
-        for place in range(first, end):
-            count = seen[node, place] & MAX_COUNT
-            newest = seen[node, place] >> COUNT_BITS & 1
-            row, column = bucket_of(count), bucket_of(total - count)
-            share = (
-                calibration[level, row, column, newest, HITS]
-                / calibration[level, row, column, newest, TRIALS]
-            )
-            shares[first_offer + place - first] = share
-            mass += share
-        scale = probs[node, WITHHELD]
-        if mass > MAX_MASS:
-            scale *= MAX_MASS / mass
-            mass = MAX_MASS
+        sizes[OFFERS] += end - first
+        mass = _rate(calibration, level, seen, node, first, end, shares, first_offer)
+        withheld = probs[node, WITHHELD]
+        probs[node, WITHHELD] *= np.float32(1) - min(mass, MAX_MASS)
+        withheld *= MAX_MASS / max(mass, MAX_MASS)
         for place in range(first, end):
             offer = first_offer + place - first
-            shares[offer] *= scale
             offers[offer, NODE] = node
             offers[offer, TOKEN] = seen[node, place] >> SEEN_BITS
+            shares[offer] *= withheld
             score = shares[offer] * probs[node, PATH_PROB]
             if score >= min_prob:
                 _push(scores, items, sizes, score, offer)
-        sizes[OFFERS] += end - first
-        probs[node, WITHHELD] *= np.float32(1) - mass
         rest = probs[node, WITHHELD] * probs[node, PATH_PROB]
         if rest >= min_prob:
             _push(scores, items, sizes, rest * OPTIMISM, item)

@@ -1,0 +1,127 @@
+"""Build, verify and schedule on their own, with the torch twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.core.build import TreeBuilder
+from vllm_treespec.core.history import TokenHistory
+from vllm_treespec.core.kernel_set import choose_kernels
+from vllm_treespec.core.propose import Candidates
+from vllm_treespec.core.schedule import num_useful_drafts
+from vllm_treespec.core.tree import TreeBuffers
+from vllm_treespec.core.verify.target_walk import AcceptedPaths, cut_paths, walk_target
+
+CPU = torch.device("cpu")
+KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
+
+
+def candidates(*rows):
+    """Each row: (token, parent, probability given the parent) per candidate."""
+    width = max(map(len, rows))
+    result = Candidates(
+        token_ids=np.zeros((len(rows), width), np.int32),
+        parents=np.zeros((len(rows), width), np.int32),
+        log_probs=np.zeros((len(rows), width), np.float32),
+        num_candidates=np.array([len(row) for row in rows], np.int32),
+    )
+    for number, row in enumerate(rows):
+        for column, (token, parent, probability) in enumerate(row):
+            result.token_ids[number, column] = token
+            result.parents[number, column] = parent
+            result.log_probs[number, column] = np.log(probability)
+    return result
+
+
+def build(proposals, *, num_nodes=9, budgets=None, chain_only=None):
+    num_reqs = len(proposals[0].num_candidates)
+    trees = TreeBuffers.allocate(6, num_nodes, CPU)
+    builder = TreeBuilder(
+        KERNELS, trees, num_proposers=len(proposals), max_candidates=8
+    )
+    slots = torch.tensor([5, 2, 0][:num_reqs])
+    drafts = builder.build(
+        proposals,
+        slots,
+        np.full(num_reqs, num_nodes - 1) if budgets is None else np.array(budgets),
+        np.array(chain_only or [False] * num_reqs),
+    )
+    return trees, slots, drafts
+
+
+def test_two_proposers_share_nodes_and_each_node_remembers_both():
+    first = candidates([(7, -1, 0.9), (8, 0, 0.9)])
+    second = candidates([(7, -1, 0.5), (9, 0, 0.8), (3, -1, 0.1)])
+    trees, slots, drafts = build([first, second])
+    slot = slots[0]
+    assert trees.num_nodes[slot] == 5
+    # 7 (.9), 7 8 (.81), 7 9 (.72), 3 (.1): best first
+    assert drafts[0, :4].tolist() == [7, 8, 9, 3]
+    assert trees.parents[slot, :5].tolist() == [-1, 0, 1, 1, 0]
+    assert trees.proposers[slot, :5].tolist() == [0, 0b11, 0b01, 0b10, 0b10]
+    assert trees.depths[slot, :5].tolist() == [0, 1, 2, 2, 1]
+    assert trees.masks[slot, :5, 0].tolist() == [0b1, 0b11, 0b111, 0b1011, 0b10001]
+
+
+def test_budgets_differ_per_request_and_keep_the_best():
+    row = [(1, -1, 0.3), (2, -1, 0.6), (3, 1, 0.9)]
+    trees, slots, drafts = build([candidates(row, row, row)], budgets=[8, 2, 0])
+    assert trees.num_nodes[slots].tolist() == [4, 3, 1]
+    assert drafts[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]
+    assert drafts[2].tolist() == [0] * 8
+
+
+def test_a_chain_is_the_best_path():
+    row = [(1, -1, 0.6), (2, -1, 0.4), (3, 0, 0.5), (4, 0, 0.5), (5, 1, 0.9)]
+    trees, slots, _ = build([candidates(row, row)], chain_only=[True, False])
+    assert trees.parents[slots[0], :3].tolist() == [-1, 0, 1]
+    assert trees.token_ids[slots[0], 1:3].tolist() == [1, 3]
+    assert trees.num_nodes[slots].tolist() == [3, 6]
+
+
+def test_paths_end_before_an_invalid_node():
+    trees, slots, _ = build([candidates([(1, -1, 0.9), (2, 0, 0.9), (3, 1, 0.9)])])
+    paths = AcceptedPaths.allocate(6, 9, CPU)
+    cu_num_logits = torch.tensor([0, 4], dtype=torch.int32)
+    target = torch.tensor([1, 2, 3, 4])
+    sampled, count = walk_target(KERNELS, trees, paths, slots, cu_num_logits, target)
+    assert sampled[0, :4].tolist() == [1, 2, 3, 4]
+    assert count.tolist() == [4]
+
+    invalid = torch.tensor([False, False, True, False])
+    cut_paths(paths, sampled, count, cu_num_logits, invalid)
+    # Node 2 carried token 2, which is now the bonus token.
+    assert sampled[0].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0]
+    assert count.tolist() == [2]
+    assert paths.lengths[0] == 1
+
+
+def test_a_reset_slot_accepts_nothing():
+    trees, slots, _ = build([candidates([(1, -1, 0.9)])])
+    trees.reset(int(slots[0]))
+    paths = AcceptedPaths.allocate(6, 9, CPU)
+    cu_num_logits = torch.tensor([0, 2], dtype=torch.int32)
+    target = torch.tensor([1, 1])
+    _, count = walk_target(KERNELS, trees, paths, slots, cu_num_logits, target)
+    assert count.tolist() == [1]
+
+
+def test_only_useful_drafts_are_scheduled():
+    first = candidates([(1, -1, 0.9)], [(1, -1, 0.9), (2, -1, 0.1)], [])
+    second = candidates([(1, -1, 0.9)], [(3, -1, 0.9)], [])
+    useful = num_useful_drafts([first, second], np.array([8, 2, 8], np.int32))
+    assert useful.tolist() == [2, 2, 0]
+
+
+def test_history_grows_by_what_was_sampled_and_never_past_its_end():
+    history = TokenHistory.allocate(3, 5)
+    history.start(2, [7, 8, 9])
+    history.start(0, [1])
+    slots = np.array([2, 0], np.int32)
+    sampled = np.array([[4, 5, 6], [2, 99, 99]], np.int32)
+    history.append(slots, sampled, np.array([3, 1], np.int32))
+    assert history.token_ids[2].tolist() == [7, 8, 9, 4, 5]
+    assert history.num_tokens.tolist() == [2, 0, 5]
+    assert history.token_ids[0, :2].tolist() == [1, 2]

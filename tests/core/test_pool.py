@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from vllm_treespec.core.propose import Candidates, DecodeStep
+from vllm_treespec.core.propose.pool import ProposerPool
+
+
+class Echo:
+    """Drafts one token per row, or whatever the test says."""
+
+    name = "echo"
+
+    def __init__(self, token=1, parent=-1):
+        self.token, self.parent = token, parent
+        self.learned = threading.Event()
+        self.may_learn = threading.Event()
+        self.may_learn.set()
+        self.calls: list[str] = []
+
+    def add_request(self, slot):
+        self.calls.append("add")
+
+    def remove_request(self, slot):
+        self.calls.append("remove")
+
+    def clear(self):
+        self.calls.append("clear")
+
+    def propose(self, step):
+        rows = len(step.slots)
+        return Candidates(
+            token_ids=np.full((rows, 1), self.token, np.int32),
+            parents=np.full((rows, 1), self.parent, np.int32),
+            log_probs=np.zeros((rows, 1), np.float32),
+            num_candidates=np.ones(rows, np.int32),
+        )
+
+    def learn(self, step):
+        assert self.may_learn.wait(10)
+        self.calls.append("learn")
+
+
+def step(rows=2):
+    return DecodeStep(
+        slots=np.arange(rows, dtype=np.int32),
+        token_ids=np.zeros((4, 8), np.int32),
+        num_tokens=np.ones(4, np.int64),
+    )
+
+
+def pool(*proposers, max_candidates=4):
+    return ProposerPool(proposers, max_candidates=max_candidates, vocab_size=10)
+
+
+def test_every_proposer_is_asked():
+    first, second = pool(Echo(1), Echo(2)).propose(step())
+    assert first.token_ids.tolist() == [[1], [1]]
+    assert second.token_ids.tolist() == [[2], [2]]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [Echo(token=10), Echo(token=-1), Echo(parent=0), Echo(parent=-2)],
+    ids=["beyond vocabulary", "negative token", "own parent", "parent below the root"],
+)
+def test_nonsense_dismisses_its_proposer_only(nonsense):
+    asked = pool(nonsense, Echo(2))
+    bad, good = asked.propose(step())
+    assert bad.num_candidates.tolist() == [0, 0]
+    assert good.num_candidates.tolist() == [1, 1]
+    nonsense.token, nonsense.parent = 1, -1
+    assert asked.propose(step())[0].num_candidates.tolist() == [0, 0]
+
+
+def test_more_candidates_than_asked_for_are_nonsense():
+    assert pool(Echo(), max_candidates=0).propose(step())[0].num_candidates.sum() == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["add_request", "remove_request", "propose", "learn"]
+)
+def test_a_failure_anywhere_is_survived(method, monkeypatch):
+    failing = Echo()
+
+    def fail(*_):
+        raise MemoryError("no room for ideas")
+
+    monkeypatch.setattr(failing, method, fail)
+    survivor = Echo(3)
+    asked = pool(failing, survivor)
+    asked.add_request(0)
+    asked.propose(step())
+    asked.learn(step())
+    asked.remove_request(0)
+    bad, good = asked.propose(step())
+    assert bad.num_candidates.sum() == 0
+    assert good.num_candidates.sum() == 2
+    assert survivor.calls == ["add", "learn", "remove"]
+
+
+def test_learning_happens_elsewhere_and_everything_else_waits_for_it():
+    proposer = Echo()
+    proposer.may_learn.clear()
+    asked = pool(proposer)
+    asked.learn(step())  # returns although the proposer has not begun
+    assert proposer.calls == []
+    threading.Timer(0.05, proposer.may_learn.set).start()
+    asked.add_request(1)
+    assert proposer.calls == ["learn", "add"]
+    asked.shutdown()

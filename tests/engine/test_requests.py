@@ -1,0 +1,244 @@
+"""Request options and proposers through the real engine: same tokens as without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+from vllm import SamplingParams
+
+TARGET = str(Path(__file__).parents[2] / "models/python-stdlib/target")
+CODE = [
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
+    "import os\nimport sys\n\n\ndef main(argv):\n",
+    "def test_add(self):\n    self.assertEqual(1 + 2, 3)\n\ndef test_sub(self):\n",
+]
+SUFFIX = {"type": "suffix"}
+NGRAM = {"type": "ngram"}
+
+
+def tree(*proposers):
+    return {"proposers": list(proposers)}
+
+
+@pytest.mark.parametrize(
+    "proposers", [(SUFFIX,), (NGRAM,), (SUFFIX, NGRAM)], ids=["suffix", "ngram", "both"]
+)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_real_proposers_keep_the_tokens_and_save_steps(
+    proposers, async_scheduling, start, acceptance
+):
+    options = {"skip_tokenizer_init": False, "async_scheduling": async_scheduling}
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    texts = start(TARGET, **options).llm.generate(CODE, params, use_tqdm=False)
+    engine = start(TARGET, tree=tree(*proposers), **options)
+    outputs = engine.llm.generate(CODE, params, use_tqdm=False)
+    assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in texts]
+    accepted = engine.metric("vllm:spec_decode_num_accepted_tokens")
+    assert accepted == sum(acceptance.lengths) > 0
+
+
+def test_suffix_remembers_other_requests_and_can_forget(start, acceptance):
+    """The second time around, a finished answer is drafted from the global text."""
+    params = SamplingParams(temperature=0.0, max_tokens=48)
+    engine = start(TARGET, tree=tree(SUFFIX), skip_tokenizer_init=False)
+
+    def steps() -> int:
+        acceptance.lengths.clear()
+        engine.llm.generate(CODE[:1], params, use_tqdm=False)
+        return len(acceptance.lengths)
+
+    first, second = steps(), steps()
+    assert second < first
+    engine.llm.collective_rpc("treespec_clear")
+    assert steps() == first
+
+
+def test_stop_strings_inside_an_accepted_path(start, acceptance):
+    free = SamplingParams(temperature=0.0, max_tokens=48)
+    plain = start(TARGET, skip_tokenizer_init=False)
+    whole = plain.llm.generate(CODE, free, use_tqdm=False)
+    stop = [output.outputs[0].text[20:24] for output in whole]
+    params = SamplingParams(temperature=0.0, max_tokens=48, stop=stop)
+    expected = plain.llm.generate(CODE, params, use_tqdm=False)
+    engine = start(TARGET, tree=tree(SUFFIX), skip_tokenizer_init=False)
+    # What it learns from the uncut answers makes paths run past the stop.
+    engine.llm.generate(CODE, free, use_tqdm=False)
+    acceptance.lengths.clear()
+    outputs = engine.llm.generate(CODE, params, use_tqdm=False)
+    for got, wanted, uncut in zip(outputs, expected, whole, strict=True):
+        assert got.outputs[0].text == wanted.outputs[0].text
+        assert got.outputs[0].token_ids == wanted.outputs[0].token_ids
+        assert got.outputs[0].stop_reason == wanted.outputs[0].stop_reason
+        assert len(wanted.outputs[0].text) < len(uncut.outputs[0].text)
+    assert max(acceptance.lengths) > 1
+
+
+def test_eos_inside_an_accepted_path(start, acceptance, tmp_path):
+    """The end-of-text token is made one that greedy output holds."""
+    free = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    options = {"skip_tokenizer_init": False}
+    whole = start(TARGET, **options).llm.generate(CODE, free, use_tqdm=False)
+    token_ids = [list(output.outputs[0].token_ids) for output in whole]
+    eos = max(
+        set(token_ids[0]), key=lambda token: sum(token in ids for ids in token_ids)
+    )
+
+    model = tmp_path / "model"
+    shutil.copytree(TARGET, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TARGET)
+    settings["eos_token"] = tokenizer.convert_ids_to_tokens(eos)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    plain = start(str(model), **options).llm.generate(CODE, params, use_tqdm=False)
+    cut = [list(output.outputs[0].token_ids) for output in plain]
+    assert any(ids[-1] == eos and len(ids) < 40 for ids in cut)
+    engine = start(str(model), tree=tree(SUFFIX), **options)
+    # What it learns from the uncut answers makes paths run past the end of text.
+    engine.llm.generate(CODE, free, use_tqdm=False)
+    acceptance.lengths.clear()
+    trees = engine.llm.generate(CODE, params, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in trees] == cut
+    assert sum(acceptance.lengths) + len(acceptance.lengths) > sum(map(len, cut)) - 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.8},
+        {"temperature": 1.0, "allowed_token_ids": list(range(10, 40))},
+        {"temperature": 0.8, "min_tokens": 10, "stop_token_ids": list(range(2, 40))},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"temperature": 1.0, "frequency_penalty": 0.9},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_seeded_sampling_is_that_of_no_speculation(
+    options, model_path, prompts, start, acceptance
+):
+    """Noise is keyed by seed and position, so even samples are identical."""
+    batch = prompts(4)
+    params = [
+        SamplingParams(seed=seed, max_tokens=20, detokenize=False, **options)
+        for seed in range(4)
+    ]
+    plain = [c[0] for c in start(model_path("llama")).generate(batch, params)]
+    truths = [p + o for p, o in zip(batch, plain, strict=True)]
+    engine = start(model_path("llama"), truths=truths)
+    assert [c[0] for c in engine.generate(batch, params)] == plain
+    assert max(acceptance.lengths) > 1
+
+
+def test_options_that_look_back_along_a_chain_get_a_chain(
+    model_path, prompts, start, acceptance
+):
+    batch = prompts(3)
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.2, max_tokens=24, detokenize=False
+    )
+    plain = [c[0] for c in start(model_path("llama")).generate(batch, params)]
+    truths = [p + o for p, o in zip(batch, plain, strict=True)]
+    engine = start(model_path("llama"), truths=truths, num_speculative_tokens=16)
+    assert [c[0] for c in engine.generate(batch, params)] == plain
+    assert max(acceptance.lengths) > 1
+    assert acceptance.off_first_branch == 0
+
+
+def test_logprobs_are_those_of_the_accepted_path(
+    model_path, prompts, start, acceptance
+):
+    batch = prompts(3)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=16, logprobs=3, prompt_logprobs=2, detokenize=False
+    )
+
+    def outputs(engine):
+        prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+        return engine.llm.generate(prompts, params, use_tqdm=False)
+
+    plain = outputs(start(model_path("llama")))
+    truths = [
+        list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+        for output in plain
+    ]
+    trees = outputs(start(model_path("llama"), truths=truths))
+    assert acceptance.off_first_branch > 0
+    for wanted, got in zip(plain, trees, strict=True):
+        assert got.outputs[0].token_ids == wanted.outputs[0].token_ids
+        pairs = zip(wanted.outputs[0].logprobs, got.outputs[0].logprobs, strict=True)
+        for expected, actual in pairs:
+            assert actual.keys() == expected.keys()
+            for token, logprob in expected.items():
+                assert actual[token].rank == logprob.rank
+                assert actual[token].logprob == pytest.approx(logprob.logprob, abs=1e-4)
+        assert len(got.prompt_logprobs) == len(wanted.prompt_logprobs)
+
+
+@pytest.mark.parametrize("choice", ["json", "regex"])
+def test_structured_output_obeys(choice, start, acceptance):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structured = StructuredOutputsParams(
+        **(
+            {"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 6}}
+            if choice == "json"
+            else {"regex": r"(ab|cd){3,9};"}
+        )
+    )
+    params = SamplingParams(
+        temperature=0.0, max_tokens=30, structured_outputs=structured
+    )
+    prompts = ["x = [1, 2, 3, 1, 2, 3, ", "abcdababcdab"]
+    options = {"skip_tokenizer_init": False}
+    plain = start(TARGET, **options).llm.generate(prompts, params, use_tqdm=False)
+    engine = start(TARGET, tree=tree(SUFFIX, NGRAM), **options)
+    trees = engine.llm.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in plain]
+
+
+@pytest.mark.parametrize("fault", ["raises", "lies"])
+def test_a_proposer_that_fails_costs_speed_not_the_request(
+    fault, model_path, prompts, start, monkeypatch, caplog
+):
+    batch = prompts(3)
+    plain = start(model_path("llama")).greedy(batch, 16)
+    engine = start(model_path("llama"), truths=[])
+    proposer = engine.proposers[0]
+    original = proposer.propose
+    calls = 0
+
+    def propose(step):
+        nonlocal calls
+        calls += 1
+        candidates = original(step)
+        if calls == 3:
+            if fault == "raises":
+                raise RuntimeError("out of ideas")
+            candidates.token_ids[:, 0] = 10**6
+        return candidates
+
+    monkeypatch.setattr(proposer, "propose", propose)
+    assert engine.greedy(batch, 16) == plain
+    assert calls == 3  # then it was dismissed
+
+
+def test_requests_without_drafts_are_not_padded(model_path, prompts, start):
+    """The synchronous scheduler verifies what was drafted, not a full budget."""
+    batch = prompts(2)
+    engine = start(model_path("llama"), tree=tree({"type": "ngram", "min_n": 5}))
+    engine.greedy(batch, 16)
+    assert engine.metric("vllm:spec_decode_num_draft_tokens") == 0
+
+
+def test_trees_and_no_trees_take_turns_in_one_process(model_path, prompts, start):
+    batch = prompts(2)
+    first = start(model_path("llama")).greedy(batch, 8)
+    assert start(model_path("llama"), tree=tree(NGRAM)).greedy(batch, 8) == first
+    assert start(model_path("llama")).greedy(batch, 8) == first

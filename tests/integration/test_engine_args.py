@@ -1,0 +1,84 @@
+"""The flag, from the user's words to a configuration vLLM can carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_treespec.config import ConfigError, NgramConfig
+from vllm_treespec.integration.engine_args import WORKER, from_vllm_config
+from vllm_treespec.integration.plugin import register
+
+TARGET = str(Path(__file__).parents[2] / "models/python-stdlib/target")
+TREE = {"method": "treespec", "tree": {"proposers": [{"type": "ngram"}]}}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    register()
+
+
+def make(speculative_config=None, **options):
+    args = EngineArgs(
+        model=TARGET,
+        speculative_config=speculative_config,
+        dtype="float32",
+        enforce_eager=True,
+        **options,
+    )
+    return args, args.create_engine_config()
+
+
+def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
+    args, config = make(TREE, additional_config={"mine": 1})
+    assert config.speculative_config.method == "ngram_gpu"
+    assert config.speculative_config.num_speculative_tokens == 32
+    assert config.parallel_config.worker_cls == WORKER
+    assert config.additional_config["mine"] == 1
+    assert from_vllm_config(config).proposers == (NgramConfig(),)
+    # Several API servers build from the same arguments.
+    assert args.speculative_config == TREE
+    assert args.worker_cls == "auto"
+    assert from_vllm_config(args.create_engine_config()) == from_vllm_config(config)
+
+
+def test_vllms_short_flags_work_too():
+    _, config = make(spec_method="treespec", spec_tokens=5)
+    assert from_vllm_config(config).num_speculative_tokens == 5
+
+
+def test_other_methods_and_none_are_left_alone():
+    _, config = make({"method": "ngram", "num_speculative_tokens": 3})
+    assert config.speculative_config.method == "ngram"
+    assert config.parallel_config.worker_cls != WORKER
+    _, config = make(None)
+    assert config.speculative_config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker': treespec brings its"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: must be 1"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': use 'auto'"),
+        (
+            {"kv_sharing_fast_prefill": True},
+            "kv_sharing_fast_prefill=True: switch it off",
+        ),
+        ({"spec_model": "small"}, "--spec-model='small': treespec takes its drafts"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_before_weights_are_loaded(options, message):
+    with pytest.raises(ConfigError) as error:
+        make(TREE, **options)
+    assert message in str(error.value)
+
+
+def test_model_runner_v1_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ConfigError, match="Model Runner V1 was chosen"):
+        make(TREE)

@@ -1,0 +1,75 @@
+"""The tree backend on vLLM's CPU platform, for tests and demos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+)
+
+from vllm_treespec.integration.attention import TreeForward
+
+
+@dataclass
+class TreeMetadata:
+    """What the tree kernel reads of vLLM's common attention metadata."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32
+    block_table: torch.Tensor  # [num_reqs, max_num_blocks] int32
+    slot_mapping: torch.Tensor  # [num_tokens] int64, -1: padding
+    max_query_len: int
+
+
+class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
+    """vLLM's own CPU builder would plan the work of a kernel we do not run."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: Any,
+        fast_build: bool = False,
+    ) -> TreeMetadata:
+        common = common_attn_metadata
+        return TreeMetadata(
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            max_query_len=common.max_query_len,
+        )
+
+
+class TreeAttentionImpl(TreeForward, CPUAttentionBackendImpl):
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        slot_mapping: torch.Tensor,  # [num_tokens] int64, -1: padding
+    ) -> None:
+        # vLLM's CPU kernel stores keys transposed in tiles; compaction moves rows.
+        used = slot_mapping[: key.shape[0]] >= 0
+        slots = slot_mapping[: key.shape[0]][used]
+        block_size = kv_cache.shape[2]
+        rows = torch.cat([key[used], value[used]], dim=-1).to(kv_cache.dtype)
+        kv_cache[slots // block_size, :, slots % block_size] = rows
+
+
+class TreeAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[TreeAttentionImpl]:
+        return TreeAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeMetadataBuilder]:
+        return TreeMetadataBuilder
