@@ -7,13 +7,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check types format bench clean
+.PHONY: demo test test-next check types format bench clean
 
 demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
 	$(BIN)/python -m pytest -n auto
+
+test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
+	$(BIN)/python tools/vllm_next.py build/vllm-next
+	PYTHONPATH=build/vllm-next $(BIN)/python -m pytest -n auto tests/integration tests/engine
 
 check: $(VENV)/installed  ## format and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -22,7 +26,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 types: $(VENV)/installed  ## mypy cannot see through the package mapping, so check an installed copy
-	rm -rf build
+	rm -rf build/types build/lib build/bdist.*
 	$(BIN)/pip install -q --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vllm_treespec
 

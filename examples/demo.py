@@ -107,6 +107,7 @@ def answer_all(
         max_num_seqs=4,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
+        use_tqdm_on_load=False,
         # On a CPU the default is a share of the whole machine's memory.
         kv_cache_memory_bytes=2**28 if on_cpu else None,
     )

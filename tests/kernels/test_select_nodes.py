@@ -302,8 +302,8 @@ def test_other_slots_and_columns_past_the_tree_are_left_alone(device: torch.devi
 def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
     narrow = random_candidates(3, 7, device)
     # -1 beyond the view: a wrong stride reads a tree, not a cycle
-    views = [torch.full((4, 12), -1, dtype=t.dtype, device=device) for t in narrow[:4]]
-    candidates = Candidates(*(view[1:, 3:10] for view in views), narrow[4])
+    views = [torch.full((6, 12), -1, dtype=t.dtype, device=device) for t in narrow[:4]]
+    candidates = Candidates(*(view[::2, 3:10] for view in views), narrow[4])
     for view, tensor in zip(candidates, narrow, strict=True):
         view.copy_(tensor)
     arguments = (

@@ -24,8 +24,8 @@ class SuffixProposer:
     The idea is SuffixDecoding's (arXiv 2411.04975); the model is not a suffix tree but
     prediction by partial matching over hashed contexts (``suffix_index``), so that
     every drafted node draws on all shorter contexts too and ``log_probs`` are measured
-    frequencies. Memory is fixed at construction: 192 bytes per cached token
-    (``BYTES_PER_TOKEN``), of which the system hands out only what is touched.
+    frequencies. Memory is bounded by construction: 192 bytes per cached token
+    (``BYTES_PER_TOKEN``). Token ids must be below 2 ** 24.
     """
 
     name = "suffix"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from vllm_treespec.core.propose.native import native, signed
 
-# A wider choice of orders did not predict better, a narrower one did worse.
+# More orders did not predict better, and every one costs an entry per new context.
 ORDERS = np.repeat((12, 6, 3, 2, 1), 2)  # [NUM_LEVELS], context length
 IS_LOCAL = np.tile((1, 0), 5)  # [NUM_LEVELS]
 NUM_LEVELS = len(ORDERS)
@@ -31,7 +31,7 @@ TAG, STAMP, FOLLOWERS = 0, 1, 2  # words of an entry
 MAX_SEEN = NUM_LEVELS * NUM_FOLLOWERS  # tokens that levels can offer together
 NUM_WORDS = FOLLOWERS + NUM_FOLLOWERS  # half a cache line
 NUM_WAYS = 4  # entries that a context may live in: two adjacent cache lines
-ENTRIES_PER_TOKEN = 6  # Python source leaves 4.3 contexts per token, random ids 8
+ENTRIES_PER_TOKEN = 6  # Python source needs 4; random ids, 8, are forgotten earlier
 BYTES_PER_TOKEN = ENTRIES_PER_TOKEN * NUM_WORDS * 4
 
 COUNT_BITS = 8  # a follower is token << COUNT_BITS | count
