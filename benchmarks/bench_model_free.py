@@ -394,7 +394,7 @@ def compare(workloads: dict[str, Workload]) -> None:
         ours, ngrams, arctic = best["suffix"], best["ngram"], best["arctic_tree"]
         means = [result.accepted for result in best.values()]
         ratio = ours.accepted / arctic.accepted if arctic.accepted else 1.0
-        accepted.append(AcceptedRow(name, nodes, *means, ratio))
+        accepted.append(AcceptedRow._make((name, nodes, *means, ratio)))
         promised.append(
             PromiseRow(
                 name,
@@ -406,7 +406,7 @@ def compare(workloads: dict[str, Workload]) -> None:
             )
         )
         medians = [result.draft_us for result in best.values()]
-        drafted.append(DraftRow(name, nodes, *medians))
+        drafted.append(DraftRow._make((name, nodes, *medians)))
     print_table("Accepted draft tokens per step", accepted)
     print_table("Promised (sum of path probabilities) and accepted", promised)
     print_table("CPU us per tree, one request per call, Python included", drafted)
@@ -460,7 +460,7 @@ def speed(text: str, tokens: Tokens, num_nodes: int = 32) -> SpeedRow:
     proposer = SuffixProposer(
         max_num_reqs=num_reqs, max_nodes=num_nodes, max_learned_tokens=1 << 30
     )
-    for slot in slots:
+    for slot in range(num_reqs):
         proposer.add_request(slot)
     begin = time.thread_time_ns()
     proposer.learn(DecodeStep(slots, histories, num_tokens))

@@ -51,7 +51,7 @@ class NgramConfig:
     min_n: int = 1
     """Shortest run of tokens that counts as a match."""
 
-    max_n: int = 5
+    max_n: int = 8
     """Longest run of tokens looked for."""
 
     def problems(self) -> Iterator[str]:

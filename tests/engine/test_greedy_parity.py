@@ -7,6 +7,8 @@ garbage elsewhere, so every test also shows that paths were accepted off the fir
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 from vllm import SamplingParams
 
 from vllm_treespec.testing.planted import PlantedProposer
@@ -78,6 +80,25 @@ def test_any_number_of_nodes(nodes, model_path, prompts, check, acceptance):
     assert sum(acceptance.lengths) > 0
     if nodes > 2:
         assert acceptance.off_first_branch > 0
+
+
+def test_tokens_are_those_of_transformers(model_path, prompts, start, acceptance):
+    """An oracle outside vLLM, so that plain and tree decoding cannot share a mistake."""
+    batch = prompts(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path("llama"))
+    truths = [
+        model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+        )[0].tolist()
+        for prompt in batch
+    ]
+    engine = start(model_path("llama"), truths=truths)
+    outputs = engine.greedy(batch, 24)
+    assert truths_of(batch, outputs) == truths
+    assert acceptance.off_first_branch > 0
 
 
 def test_a_single_request(model_path, prompts, check, acceptance):

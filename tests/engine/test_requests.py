@@ -38,7 +38,10 @@ def test_real_proposers_keep_the_tokens_and_save_steps(
     outputs = engine.llm.generate(CODE, params, use_tqdm=False)
     assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in texts]
     accepted = engine.metric("vllm:spec_decode_num_accepted_tokens")
-    assert accepted == sum(acceptance.lengths) > 0
+    assert accepted > 0
+    # Async scheduling also verifies a step of a request that has just ended.
+    beyond_the_end = sum(acceptance.lengths) - accepted
+    assert beyond_the_end >= 0 if async_scheduling else beyond_the_end == 0
 
 
 def test_suffix_remembers_other_requests_and_can_forget(start, acceptance):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,29 @@ class MergedCandidates:
         )
 
 
+class Upload:
+    """A host array and its device copy, filled anew each step.
+
+    The copy is not waited for. Nothing overwrites the host side too early, because
+    drafting on the host starts by waiting for the device.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        on_cpu = device.type == "cpu"
+        host = torch.zeros(shape, dtype=dtype, pin_memory=not on_cpu)
+        self.np: npt.NDArray[Any] = host.numpy()
+        self._host = host
+        self._device = host if on_cpu else torch.zeros_like(host, device=device)
+
+    def send(self) -> torch.Tensor:
+        """The device side, as large as the host side."""
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+        return self._device
+
+
 class TreeBuilder:
     """Turns host candidates into device trees."""
 
@@ -59,11 +83,17 @@ class TreeBuilder:
     ) -> None:
         self._kernels = kernels
         self._trees = trees
-        self._device = trees.parents.device
+        self._device = device = trees.parents.device
         max_num_reqs = trees.parents.shape[0]
-        self._max_candidates = max_candidates
+        shape = (num_proposers, max_num_reqs, max_candidates)
+        self._token_ids = Upload(shape, torch.int32, device)
+        self._parents = Upload(shape, torch.int32, device)
+        self._log_probs = Upload(shape, torch.float32, device)
+        self._counts = Upload(shape[:2], torch.int32, device)
+        self._budgets = Upload(shape[1:2], torch.int32, device)
+        self._chain_only = Upload(shape[1:2], torch.int32, device)
         self._merged = MergedCandidates.allocate(
-            max_num_reqs, num_proposers * max_candidates, self._device
+            max_num_reqs, num_proposers * max_candidates, device
         )
 
     def build(
@@ -80,21 +110,21 @@ class TreeBuilder:
             excluded; unused columns hold a valid id.
         """
         num_reqs = slots.shape[0]
-        token_ids = self._stack(candidates, "token_ids", np.int32)
-        parents = self._stack(candidates, "parents", np.int32)
-        log_probs = self._stack(candidates, "log_probs", np.float32)
-        counts = np.stack([each.num_candidates for each in candidates])
+        self._fill(candidates)
+        self._budgets.np[:num_reqs] = budgets
+        self._chain_only.np[:num_reqs] = chain_only
+        rows = slice(num_reqs)
         merged, trees = self._merged, self._trees
         self._kernels.merge_candidates(
-            self._upload(token_ids),
-            self._upload(parents),
-            self._upload(log_probs),
-            self._upload(counts.astype(np.int32)),
-            merged.token_ids[:num_reqs],
-            merged.parents[:num_reqs],
-            merged.log_probs[:num_reqs],
-            merged.proposers[:num_reqs],
-            merged.num_candidates[:num_reqs],
+            self._token_ids.send()[:, rows],
+            self._parents.send()[:, rows],
+            self._log_probs.send()[:, rows],
+            self._counts.send()[:, rows],
+            merged.token_ids[rows],
+            merged.parents[rows],
+            merged.log_probs[rows],
+            merged.proposers[rows],
+            merged.num_candidates[rows],
         )
         # Allocated anew: vLLM may still copy the last step's drafts to the host.
         draft_tokens = torch.zeros(
@@ -102,13 +132,13 @@ class TreeBuilder:
         )
         self._kernels.select_nodes(
             slots,
-            merged.token_ids[:num_reqs],
-            merged.parents[:num_reqs],
-            merged.log_probs[:num_reqs],
-            merged.proposers[:num_reqs],
-            merged.num_candidates[:num_reqs],
-            self._upload(budgets.astype(np.int32)),
-            self._upload(chain_only.astype(np.int32)),
+            merged.token_ids[rows],
+            merged.parents[rows],
+            merged.log_probs[rows],
+            merged.proposers[rows],
+            merged.num_candidates[rows],
+            self._budgets.send()[rows],
+            self._chain_only.send()[rows],
             trees.token_ids,
             trees.parents,
             trees.proposers,
@@ -120,20 +150,10 @@ class TreeBuilder:
         )
         return draft_tokens
 
-    def _stack(
-        self, candidates: Sequence[Candidates], name: str, dtype: type[np.generic]
-    ) -> npt.NDArray[np.generic]:
-        """[num_proposers, num_reqs, max_candidates], zero past each proposer's own."""
-        num_reqs = candidates[0].num_candidates.shape[0]
-        shape = (len(candidates), num_reqs, self._max_candidates)
-        stacked = np.zeros(shape, dtype=dtype)
-        for index, each in enumerate(candidates):
-            columns = getattr(each, name)
-            stacked[index, :, : columns.shape[1]] = columns
-        return stacked
-
-    def _upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+    def _fill(self, candidates: Sequence[Candidates]) -> None:
+        for proposer, each in enumerate(candidates):
+            num_reqs, width = each.token_ids.shape
+            self._token_ids.np[proposer, :num_reqs, :width] = each.token_ids
+            self._parents.np[proposer, :num_reqs, :width] = each.parents
+            self._log_probs.np[proposer, :num_reqs, :width] = each.log_probs
+            self._counts.np[proposer, :num_reqs] = each.num_candidates

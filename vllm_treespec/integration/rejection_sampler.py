@@ -133,18 +133,17 @@ class TreeRejectionSampler:
         accepted path are put there; the rest repeat the root and are never read.
         """
         paths = self._speculator.paths
-        num_reqs, width = sampled.shape
         cu_num_logits = input_batch.cu_num_logits.long()
-        first_rows, num_rows = cu_num_logits[:-1, None], cu_num_logits.diff()[:, None]
-        columns = torch.arange(width, device=logits.device)
-        on_path = columns <= paths.lengths[:num_reqs, None]
-        nodes = torch.where(on_path, paths.nodes[:num_reqs, :width], 0)
-        in_batch = columns < num_rows
-        rows = (first_rows + nodes)[in_batch]
+        batch_rows = torch.repeat_interleave(
+            cu_num_logits.diff(), output_size=logits.shape[0]
+        )
+        steps = input_batch.expanded_local_pos.long()
+        on_path = steps <= paths.lengths[batch_rows]
+        nodes = torch.where(on_path, paths.nodes[batch_rows, steps], 0)
         return compute_topk_scores(
-            logits[rows],
+            logits[cu_num_logits[batch_rows] + nodes],
             num_logprobs,
-            sampled[in_batch],
+            sampled[batch_rows, steps],
             input_batch.cu_num_logits_np.tolist(),
             logits_mode=self._sampler.logprobs_mode
             in ("raw_logits", "processed_logits"),

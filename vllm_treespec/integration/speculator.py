@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
@@ -57,15 +58,19 @@ class TreeSpeculator(DraftModelSpeculator):
         self.batch = BatchTrees.allocate(max_num_reqs, max_num_nodes, device)
         self.paths = AcceptedPaths.allocate(max_num_reqs, max_num_nodes, device)
         vocab_size = vllm_config.model_config.get_vocab_size()
+        # One rank drafts for all: ranks whose trees differ would verify garbage.
+        self._ranks = get_tp_group()
         self.pool = ProposerPool(
-            make_proposers(config, max_num_reqs=max_num_reqs),
+            make_proposers(config, max_num_reqs=max_num_reqs)
+            if self._ranks.is_first_rank
+            else [],
             max_candidates=config.num_speculative_tokens,
             vocab_size=vocab_size,
         )
         self.builder = TreeBuilder(
             self.kernels,
             self.trees,
-            num_proposers=len(self.pool.names),
+            num_proposers=len(config.proposers),
             max_candidates=config.num_speculative_tokens,
         )
         self.history = TokenHistory.allocate(
@@ -177,6 +182,8 @@ class TreeSpeculator(DraftModelSpeculator):
         # A request still in its prefill has no newest token to continue.
         budgets = np.where(counts > 0, num_speculative_tokens, 0).astype(np.int32)
         candidates = self.pool.propose(step)
+        if self._ranks.world_size > 1:
+            candidates = self._ranks.broadcast_object(candidates, src=0)
         self._num_drafts[slots_np] = num_useful_drafts(candidates, budgets)
         draft_tokens = self.builder.build(
             candidates, input_batch.idx_mapping, budgets, self._chain_only[slots_np]

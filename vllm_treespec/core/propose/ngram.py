@@ -128,6 +128,34 @@ def _propose(
 
 
 @native
+def _count_pairs(
+    later: npt.NDArray[np.int32],
+    newest: int,
+    earlier: npt.NDArray[np.int32],  # as long as ``later``
+    older: int,
+) -> int:
+    """Places where both agree. Only a loop this plain becomes vector instructions."""
+    num_pairs = np.int32(0)
+    for place in range(later.shape[0]):
+        num_pairs += np.int32((later[place] == newest) & (earlier[place] == older))
+    return int(num_pairs)
+
+
+@native
+def _match_length(history: npt.NDArray[np.int32], place: int, max_n: int) -> int:
+    """How many tokens up to ``place`` agree with the newest ones."""
+    last = history.shape[0] - 1
+    length = 0
+    while (
+        length < max_n
+        and length <= place
+        and history[place - length] == history[last - length]
+    ):
+        length += 1
+    return length
+
+
+@native
 def _find_matches(
     history: npt.NDArray[np.int32],
     min_n: int,
@@ -140,35 +168,31 @@ def _find_matches(
     Stops as soon as enough matches of the greatest length are found: older or shorter
     ones would hardly change the tree, and repetitive text stays as quick as any.
     """
-    num_tokens = history.shape[0]
+    last = history.shape[0] - 1
     num_matches = 0
     num_of_length = np.zeros(max_n + 1, np.int64)
-    end = num_tokens - 1  # the last token matches itself
-    while end > 0:
-        start = max(0, end - CHUNK)
-        newest = history[num_tokens - 1]
-        equal = 0
-        for place in range(start, end):
-            equal += history[place] == newest
-        if equal:
-            for place in range(end - 1, start - 1, -1):
-                if history[place] != newest:
-                    continue
-                length = 1
-                while (
-                    length < max_n
-                    and length <= place
-                    and history[place - length] == history[num_tokens - 1 - length]
-                ):
-                    length += 1
-                if length < min_n or num_of_length[length] == MATCHES_PER_LENGTH:
-                    continue
-                num_of_length[length] += 1
-                places[num_matches] = place + 1
-                lengths[num_matches] = length
-                num_matches += 1
-                if num_of_length[max_n] == MATCHES_PER_LENGTH:
-                    return num_matches
+    reach = min_n - 1  # a match worth having agrees this far back
+    end = last  # the last token matches itself
+    while end > reach:
+        start = max(reach, end - CHUNK)
+        newest, older = history[last], history[last - reach]
+        num_pairs = _count_pairs(
+            history[start:end], newest, history[start - reach : end - reach], older
+        )
+        for place in range(end - 1, start - 1 if num_pairs else end - 1, -1):
+            if history[place] != newest or history[place - reach] != older:
+                continue
+            length = _match_length(history, place, max_n)
+            if length < min_n or num_of_length[length] == MATCHES_PER_LENGTH:
+                continue
+            num_of_length[length] += 1
+            places[num_matches] = place + 1
+            lengths[num_matches] = length
+            num_matches += 1
+            if num_of_length[max_n] == MATCHES_PER_LENGTH:
+                return num_matches
+        while num_of_length[reach + 1] == MATCHES_PER_LENGTH:
+            reach += 1
         end = start
     return num_matches
 

@@ -88,7 +88,7 @@ class SuffixProposer:
             key = (num_learned, int(self._fingerprints[slot]))
             self._left.pop(key, None)
             self._left[key] = (self._salts[slot], int(self._index.clock[0]))
-            if len(self._left) > 4 * len(self._salts):
+            if len(self._left) > len(self._salts):
                 del self._left[next(iter(self._left))]
         self._num_learned[slot] = 0
         self._num_given[slot] = 0

@@ -23,6 +23,7 @@ from vllm_treespec.core.propose.native import native, signed
 # More orders did not predict better, and every one costs an entry per new context.
 ORDERS = np.repeat((12, 6, 3, 2, 1), 2)  # [NUM_LEVELS], context length
 IS_LOCAL = np.tile((1, 0), 5)  # [NUM_LEVELS]
+DISCOUNTS = (0.1, 0.1, 0.25, 0.35, 0.45, 0.7, 0.55, 0.85, 0.8, 0.95)  # of a count
 NUM_LEVELS = len(ORDERS)
 MAX_ORDER = int(ORDERS.max())
 
@@ -77,16 +78,14 @@ class Index:
 
 
 def _typical_calibration() -> npt.NDArray[np.float32]:
-    """A weak belief to start from: an escape of about one count, less if long."""
+    """A weak belief to start from: absolute discounting, as seen on Python source."""
     shape = (NUM_LEVELS, NUM_BUCKETS, NUM_BUCKETS, 2, 2)
     calibration = np.full(shape, 4.0, np.float32)
-    typical = (0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 16.0, 60.0)
-    for level, order in enumerate(ORDERS):
-        escape = 1.0 if order < 4 else 0.4
-        for row, count in enumerate(typical):
-            for column, rest in enumerate(typical):
-                share = max(count - 1.0, 0.3) / (count + rest + escape)
-                calibration[level, row, column, :, HITS] *= share
+    typical = np.array((0.0, 1.0, 2.0, 3.0, 4.5, 7.0, 16.0, 60.0))
+    for level, discount in enumerate(DISCOUNTS):
+        count = np.maximum(typical - discount, 0.05)[:, None, None]
+        total = np.maximum(typical[:, None, None] + typical[None, :, None], 1.0)
+        calibration[level, ..., HITS] *= count / total
     return calibration
 
 

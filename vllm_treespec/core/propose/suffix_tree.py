@@ -28,7 +28,7 @@ from vllm_treespec.core.propose.suffix_index import (
 )
 
 LOOKUPS_PER_NODE = 3  # typical text needs 2; the bound is for text without structure
-MIN_LOOKUPS = 16
+MIN_LOOKUPS = 32
 # An unasked level is worth at most what better levels withheld, typically much less.
 # Asking late saves a quarter of the lookups, for less than 1% of the accepted tokens.
 OPTIMISM = np.float32(0.3)
@@ -187,7 +187,7 @@ def grow_tree(
     whose next level was not asked yet, item = -1 - node).
     """
     max_nodes = token_ids.shape[0]
-    max_lookups = LOOKUPS_PER_NODE * max_nodes + MIN_LOOKUPS
+    max_lookups = max(LOOKUPS_PER_NODE * max_nodes, MIN_LOOKUPS)
     max_offers = max_lookups * NUM_FOLLOWERS
     nodes = np.empty((max_nodes + 1, NUM_COLUMNS), np.int64)
     probs = np.empty((max_nodes + 1, 2), np.float32)

@@ -1,0 +1,58 @@
+"""Two tensor-parallel ranks, each a process, verify the same trees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TARGET = Path(__file__).parents[2] / "models/python-stdlib/target"
+SCRIPT = """
+import sys
+from vllm import LLM, SamplingParams
+
+PROMPTS = ["class Stack:\\n    def __init__(self):\\n", "for i in range(10):\\n"]
+
+def main():
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    answers = []
+    for tree in (None, {"proposers": [{"type": "suffix"}, {"type": "ngram"}]}):
+        speculative = tree and {
+            "method": "treespec", "num_speculative_tokens": 8, "tree": tree}
+        llm = LLM(
+            sys.argv[1], tensor_parallel_size=2, speculative_config=speculative,
+            dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
+            kv_cache_memory_bytes=2**24, disable_log_stats=False)
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        answers.append([output.outputs[0].token_ids for output in outputs])
+        metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+    assert answers[0] == answers[1], answers
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0, metrics
+    print("identical")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_two_ranks_keep_the_tokens(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(SCRIPT)
+    env = {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, str(script), str(TARGET)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "identical" in result.stdout
