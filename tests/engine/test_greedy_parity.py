@@ -240,6 +240,32 @@ def test_aborting_a_request_leaves_the_others_alone(
     assert acceptance.off_first_branch > 0
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_slot_forgets_the_tree_of_its_last_request(
+    async_scheduling, model_path, start, monkeypatch
+):
+    """A new one-token request is scheduled with padding for drafts it does not have.
+
+    The slot still holds its predecessor's tree, which here would fit exactly.
+    """
+    options = {"max_num_seqs": 2, "async_scheduling": async_scheduling}
+    # vLLM pads newcomers only beside a running request.
+    batch = [[9, 8, 7], *[[5]] * 4]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=length, detokenize=False)
+        for length in (60, 12, 12, 12, 12)
+    ]
+    plain = start(model_path("llama"), **options).generate(batch, params)
+    beginning = plain[1][0]
+    engine = start(model_path("llama"), truths=[], **options)
+    monkeypatch.setattr(
+        engine.proposers[0],
+        "_plant",
+        lambda _: [(node - 1, beginning[node], -0.1) for node in range(8)],
+    )
+    assert engine.generate(batch, params) == plain
+
+
 def test_block_sizes(model_path, prompts, check, acceptance):
     for block_size in (32, 64):
         check(model_path("llama"), prompts(3), block_size=block_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 TARGET = str(Path(__file__).parents[2] / "models/python-stdlib/target")
 CODE = [
@@ -184,8 +185,9 @@ def test_logprobs_are_those_of_the_accepted_path(
         assert len(got.prompt_logprobs) == len(wanted.prompt_logprobs)
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("choice", ["json", "regex"])
-def test_structured_output_obeys(choice, start, acceptance):
+def test_structured_output_obeys(choice, async_scheduling, start, acceptance):
     from vllm.sampling_params import StructuredOutputsParams
 
     structured = StructuredOutputsParams(
@@ -199,11 +201,60 @@ def test_structured_output_obeys(choice, start, acceptance):
         temperature=0.0, max_tokens=30, structured_outputs=structured
     )
     prompts = ["x = [1, 2, 3, 1, 2, 3, ", "abcdababcdab"]
-    options = {"skip_tokenizer_init": False}
+    options = {"skip_tokenizer_init": False, "async_scheduling": async_scheduling}
     plain = start(TARGET, **options).llm.generate(prompts, params, use_tqdm=False)
     engine = start(TARGET, tree=tree(SUFFIX, NGRAM), **options)
     trees = engine.llm.generate(prompts, params, use_tqdm=False)
     assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in plain]
+    assert acceptance.off_first_branch == 0
+
+
+class ForbidTheTokenBefore(LogitsProcessor):
+    """A user's processor that reads a request's rows as a chain of drafts."""
+
+    def __init__(self, vllm_config, req_states):
+        self.req_states = req_states
+
+    def add_request(self, req_idx, sampling_params):
+        return True
+
+    def apply(self, logits, ctx):
+        states = self.req_states
+        for row, slot in enumerate(ctx.expanded_idx_mapping.tolist()):
+            before = (
+                ctx.input_ids[row - 1]
+                if ctx.expanded_local_pos[row] > 0
+                else states.all_token_ids.gpu[slot, states.total_len.gpu[slot] - 2]
+            )
+            logits[row, before] = float("-inf")
+        return logits
+
+
+def test_custom_logits_processors_get_a_chain(model_path, prompts, start, acceptance):
+    batch = prompts(3)
+    options = {"logits_processors": [ForbidTheTokenBefore]}
+    plain = start(model_path("llama"), **options).greedy(batch, 20)
+    assert plain != start(model_path("llama")).greedy(batch, 20)
+    truths = [p + o for p, o in zip(batch, plain, strict=True)]
+    engine = start(model_path("llama"), truths=truths, **options)
+    assert engine.greedy(batch, 20) == plain
+    assert acceptance.off_first_branch == 0
+    assert max(acceptance.lengths) > 1
+
+
+def test_bad_words_get_a_chain(start, acceptance):
+    options = {"skip_tokenizer_init": False}
+    free = SamplingParams(temperature=0.0, max_tokens=32)
+    plain = start(TARGET, **options)
+    outputs = plain.llm.generate(CODE, free, use_tqdm=False)
+    words = [output.outputs[0].text.split()[1] for output in outputs]
+    params = SamplingParams(temperature=0.0, max_tokens=32, bad_words=words)
+    expected = plain.llm.generate(CODE, params, use_tqdm=False)
+    engine = start(TARGET, tree=tree(SUFFIX, NGRAM), **options)
+    trees = engine.llm.generate(CODE, params, use_tqdm=False)
+    assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in expected]
+    assert acceptance.off_first_branch == 0
+    assert max(acceptance.lengths) > 0
 
 
 @pytest.mark.parametrize("fault", ["raises", "lies"])

@@ -144,5 +144,7 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "bidirectional attention inside images or prefixes has no tree kernel"
     if model.rswa_window is not None:
         yield f"rswa_window={model.rswa_window}: this window has no tree kernel"
+    if model.return_sampling_mask:
+        yield "return_sampling_mask=True: the masks of a path are not gathered"
     if model.runner_type != "generate":
         yield f"runner={model.runner_type!r}: only generation decodes"

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 
-def chain_reason(sampling_params: Any, vllm_config: Any) -> str | None:
+
+def chain_reason(sampling_params: Any, has_custom_processors: bool) -> str | None:
     """Why this request's drafts must be a chain; None if a tree will do."""
     if sampling_params is None:
         return "pooling"
@@ -25,6 +29,12 @@ def chain_reason(sampling_params: Any, vllm_config: Any) -> str | None:
         return "structured_outputs"
     if sampling_params.thinking_token_budget is not None:
         return "thinking_budget"
-    if vllm_config.model_config.logits_processors:
+    if has_custom_processors:
         return "logits_processors"
     return None
+
+
+def has_custom_processors(sampler: Any) -> bool:
+    """Whether the sampler runs logits processors that are not vLLM's own."""
+    built_in = (BadWordsState, LogitBiasState, PenaltiesState)
+    return any(type(each) not in built_in for each in sampler.logits_processors)

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_treespec.config import ConfigError
 from vllm_treespec.core.attend import attach
 from vllm_treespec.core.commit import commit_paths
+from vllm_treespec.integration.fallback import has_custom_processors
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.kernels.compact_kv import KVLayers
 
@@ -83,6 +84,7 @@ class TreeModelState(DefaultModelState):
         return super().prepare_attn(input_batch, *args, **kwargs)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, TreeRejectionSampler]:
+        self.speculator.has_custom_processors = has_custom_processors(sampler)
         return sampler, TreeRejectionSampler(sampler, self.speculator)
 
     def postprocess_state(

@@ -76,6 +76,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.history = TokenHistory.allocate(
             max_num_reqs, vllm_config.model_config.max_model_len
         )
+        self.has_custom_processors = False  # until the sampler is made
         self._chain_only = np.zeros(max_num_reqs, dtype=np.bool_)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
@@ -134,7 +135,7 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         self._slots[req_id] = slot
         self.trees.reset(slot)
-        reason = chain_reason(sampling_params, self.vllm_config)
+        reason = chain_reason(sampling_params, self.has_custom_processors)
         self._chain_only[slot] = reason is not None
         # The pool first: it waits until nobody reads the slot's old history.
         self.pool.add_request(slot)
