@@ -52,7 +52,8 @@ def test_suffix_remembers_other_requests_and_can_forget(start, acceptance):
 
     def steps() -> int:
         acceptance.lengths.clear()
-        engine.llm.generate(CODE[:1], params, use_tqdm=False)
+        for prompt in CODE:
+            engine.llm.generate([prompt], params, use_tqdm=False)
         return len(acceptance.lengths)
 
     first, second = steps(), steps()
