@@ -6,6 +6,7 @@ export OMP_NUM_THREADS ?= 1
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEXT_TESTS ?= tests/integration tests/engine
 
 .PHONY: demo test test-next check types format bench clean
 
@@ -17,7 +18,8 @@ test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
 
 test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
 	$(BIN)/python tools/vllm_next.py build/vllm-next
-	PYTHONPATH=build/vllm-next $(BIN)/python -m pytest -n auto tests/integration tests/engine
+	$(BIN)/pip install -q orjson  # vLLM 0.33 needs it, 0.32 does not
+	PYTHONPATH=build/vllm-next $(BIN)/python -m pytest -n auto $(NEXT_TESTS)
 
 check: $(VENV)/installed  ## format and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -52,7 +52,7 @@ def test_two_ranks_keep_the_tokens(tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=550,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "identical" in result.stdout
