@@ -167,9 +167,14 @@ def print_table(plain: dict[str, Answer], tree: dict[str, Answer]) -> None:
             rules = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
             print("| " + " | ".join(rules) + " |")
     print(
-        "\nsteps: forward passes of the target. accept len: tokens emitted per step "
-        "that\nverified a tree, bonus token included."
+        "\nsteps: forward passes of the target. accept len: tokens emitted per step, "
+        "bonus\ntoken included."
     )
+    if current_platform.is_cpu():
+        print(
+            "Times on a CPU are those of Triton's interpreter, which runs vLLM's own "
+            "sampling\nkernels once per tree node; they say nothing about a GPU."
+        )
 
 
 def row(name: str, plain: Answer, tree: Answer) -> tuple[str, ...]:
