@@ -109,6 +109,8 @@ def test_learning_happens_elsewhere_and_everything_else_waits_for_it():
     asked.learn(step())  # returns although the proposer has not begun
     assert proposer.calls == []
     threading.Timer(0.05, proposer.may_learn.set).start()
+    asked.settle()
+    assert proposer.calls == ["learn"]
     asked.add_request(1)
     assert proposer.calls == ["learn", "add"]
     asked.shutdown()

@@ -137,7 +137,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.trees.reset(slot)
         reason = chain_reason(sampling_params, self.has_custom_processors)
         self._chain_only[slot] = reason is not None
-        # The pool first: it waits until nobody reads the slot's old history.
+        self.pool.settle()
         self.pool.add_request(slot)
         self.history.start(slot, token_ids)
 
@@ -215,6 +215,7 @@ class TreeSpeculator(DraftModelSpeculator):
         newest = token_ids[slots[:, None], columns]
         host = torch.cat([num_sampled[:, None], newest], dim=1).cpu().numpy()
         counts, sampled = host[:, 0], host[:, 1:]
+        self.pool.settle()
         self.history.append(slots_np, sampled, counts)
         return counts
 

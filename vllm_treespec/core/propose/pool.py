@@ -31,7 +31,7 @@ class ProposerPool:
         self._learning: Future[None] | None = None
 
     def add_request(self, slot: int) -> None:
-        self._finish_learning()
+        self.settle()
         for index, proposer in self._active():
             try:
                 proposer.add_request(slot)
@@ -39,7 +39,7 @@ class ProposerPool:
                 self._dismiss(index)
 
     def remove_request(self, slot: int) -> None:
-        self._finish_learning()
+        self.settle()
         for index, proposer in self._active():
             try:
                 proposer.remove_request(slot)
@@ -48,7 +48,7 @@ class ProposerPool:
 
     def propose(self, step: DecodeStep) -> list[Candidates]:
         """Candidates of every proposer, empty ones from those dismissed."""
-        self._finish_learning()
+        self.settle()
         results = [self._no_candidates(len(step.slots))] * len(self._proposers)
         for index, proposer in self._active():
             try:
@@ -61,12 +61,18 @@ class ProposerPool:
 
     def learn(self, step: DecodeStep) -> None:
         """Start indexing the step's tokens; the next call of any method waits."""
-        self._finish_learning()
+        self.settle()
         self._learning = self._executor.submit(self._learn, step)
+
+    def settle(self) -> None:
+        """Wait for learning to end; only then may the history change."""
+        if self._learning is not None:
+            self._learning.result()
+            self._learning = None
 
     def clear(self) -> None:
         """Forget everything learned from all requests."""
-        self._finish_learning()
+        self.settle()
         for _, proposer in self._active():
             proposer.clear()
 
@@ -79,11 +85,6 @@ class ProposerPool:
                 proposer.learn(step)
             except Exception:  # see add_request
                 self._dismiss(index)
-
-    def _finish_learning(self) -> None:
-        if self._learning is not None:
-            self._learning.result()
-            self._learning = None
 
     def _active(self) -> list[tuple[int, Proposer]]:
         return [
