@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module", params=["plain", "tree"])
-def answers(request: Any, tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
-    """What a server says, without and with trees; the second may look at the first."""
+@contextmanager
+def serving(speculative: dict[str, Any] | None, log: Path) -> Iterator[int]:
+    """A running server; yields its port."""
     port = free_port()
-    log = tmp_path_factory.mktemp("serve") / "log"
-    speculative = TREE if request.param == "tree" else None
     with log.open("w") as output:
         server = subprocess.Popen(
             command(speculative, port),
@@ -67,17 +66,19 @@ def answers(request: Any, tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
             stderr=subprocess.STDOUT,
         )
     try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        wait_until_ready(server, client, log)
-        yield ask_everything(client) | {"kind": request.param, "port": port}
+        wait_until_ready(server, port, log)
+        yield port
     finally:
         server.terminate()
         server.wait(60)
 
 
-def wait_until_ready(
-    server: subprocess.Popen[bytes], client: openai.OpenAI, log: Path
-) -> None:
+def connect(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    client = connect(port)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-4000:]
@@ -113,19 +114,16 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
     }
 
 
-pytestmark = pytest.mark.xdist_group("serve")  # one server after the other
-SEEN: dict[str, dict[str, Any]] = {}
-
-
-def test_a_server_with_trees_answers_as_one_without(answers: dict[str, Any]):
-    assert answers["stream"] == answers["completion"]
-    assert answers["chat stream"] == answers["chat"]
-    kind = answers.pop("kind")
-    port = answers.pop("port")
-    SEEN[kind] = answers
-    if kind == "tree":
-        assert answers == SEEN["plain"]
-        assert counter(port, "vllm:spec_decode_num_accepted_tokens_total") > 0
+def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
+    with serving(None, tmp_path / "plain.log") as port:
+        plain = ask_everything(connect(port))
+    with serving(TREE, tmp_path / "tree.log") as port:
+        trees = ask_everything(connect(port))
+        accepted = counter(port, "vllm:spec_decode_num_accepted_tokens_total")
+    assert trees == plain
+    assert trees["stream"] == trees["completion"]
+    assert trees["chat stream"] == trees["chat"]
+    assert accepted > 0
 
 
 def counter(port: int, name: str) -> float:
