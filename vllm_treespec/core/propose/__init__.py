@@ -30,6 +30,17 @@ class Candidates:
     log_probs: npt.NDArray[np.float32]  # [num_reqs, max_candidates], given the parent
     num_candidates: npt.NDArray[np.int32]  # [num_reqs], columns past it are stale
 
+    @classmethod
+    def allocate(cls, num_reqs: int, max_candidates: int) -> Candidates:
+        """No candidates yet, and room for some."""
+        shape = (num_reqs, max_candidates)
+        return cls(
+            token_ids=np.zeros(shape, np.int32),
+            parents=np.full(shape, -1, np.int32),
+            log_probs=np.zeros(shape, np.float32),
+            num_candidates=np.zeros(num_reqs, np.int32),
+        )
+
 
 class Proposer(Protocol):
     """Suggests continuations. Knows nothing about budgets, verification or vLLM.

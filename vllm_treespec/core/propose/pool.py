@@ -49,7 +49,7 @@ class ProposerPool:
     def propose(self, step: DecodeStep) -> list[Candidates]:
         """Candidates of every proposer, empty ones from those dismissed."""
         self.settle()
-        results = [self._no_candidates(len(step.slots))] * len(self._proposers)
+        results = [Candidates.allocate(len(step.slots), 0)] * len(self._proposers)
         for index, proposer in self._active():
             try:
                 candidates = proposer.propose(step)
@@ -116,11 +116,3 @@ class ProposerPool:
             raise ValueError("a candidate's parent must precede it")
         if np.any(used & ((token_ids < 0) | (token_ids >= self._vocab_size))):
             raise ValueError(f"a candidate is outside [0, {self._vocab_size})")
-
-    def _no_candidates(self, num_reqs: int) -> Candidates:
-        return Candidates(
-            token_ids=np.zeros((num_reqs, 0), dtype=np.int32),
-            parents=np.zeros((num_reqs, 0), dtype=np.int32),
-            log_probs=np.zeros((num_reqs, 0), dtype=np.float32),
-            num_candidates=np.zeros(num_reqs, dtype=np.int32),
-        )

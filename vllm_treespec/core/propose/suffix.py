@@ -95,13 +95,7 @@ class SuffixProposer:
         self._fingerprints[slot] = 0
 
     def propose(self, step: DecodeStep) -> Candidates:
-        shape = (len(step.slots), self.max_nodes)
-        candidates = Candidates(
-            token_ids=np.zeros(shape, np.int32),
-            parents=np.full(shape, -1, np.int32),
-            log_probs=np.zeros(shape, np.float32),
-            num_candidates=np.zeros(len(step.slots), np.int32),
-        )
+        candidates = Candidates.allocate(len(step.slots), self.max_nodes)
         grow_trees(
             self._index.entries,
             self._index.calibration,
