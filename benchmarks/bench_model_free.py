@@ -194,10 +194,7 @@ class Ours:
         candidates = self.proposer.propose(self.step(num_tokens))
         size = candidates.num_candidates[0]
         parents = candidates.parents[0, :size].tolist()
-        log_probs = candidates.log_probs[0, :size].tolist()
-        for node, parent in enumerate(parents):
-            log_probs[node] += log_probs[parent] if parent >= 0 else 0.0
-        expected = float(np.exp(log_probs).sum())
+        expected = float(np.exp(candidates.scores[0, :size]).sum())
         return candidates.token_ids[0, :size].tolist(), parents, expected
 
     def commit(self, num_tokens: int) -> None:

@@ -12,7 +12,7 @@ def _select_nodes_kernel(
     slots_ptr,
     token_ids_ptr,
     parents_ptr,
-    log_probs_ptr,
+    scores_ptr,
     proposers_ptr,
     candidates_stride,
     num_candidates_ptr,
@@ -37,17 +37,17 @@ def _select_nodes_kernel(
     candidates = tl.arange(0, BLOCK_CANDIDATES)
     is_candidate = candidates < tl.load(num_candidates_ptr + req)
 
-    # every candidate climbs to the root and adds up what the way costs: summed from the
-    # leaf or from the root, rounding is monotone and no child is cheaper than its parent
+    # every candidate climbs to the root and costs as much as the worst on its way, so no
+    # child is cheaper than its parent, whatever the scores are
     costs = tl.where(is_candidate, 0.0, float("inf"))
     ancestors = tl.where(is_candidate, candidates, -1)
     while tl.max(ancestors, axis=0) >= 0:
         is_real = ancestors >= 0
-        log_probs = tl.load(log_probs_ptr + row + ancestors, mask=is_real, other=0.0)
-        # not tl.minimum, which would take NaN for 0
-        costs += tl.where(log_probs >= 0.0, 0.0, 0.0 - log_probs)
+        scores = tl.load(scores_ptr + row + ancestors, mask=is_real, other=0.0)
+        # first, because tl.maximum would overlook a NaN
+        scores = tl.where(scores == scores, scores, float("-inf"))
+        costs = tl.maximum(costs, 0.0 - scores)
         ancestors = tl.load(parents_ptr + row + ancestors, mask=is_real, other=-1)
-    costs = tl.where(costs >= 0.0, costs, float("inf"))
     keys = (costs.to(tl.int32, bitcast=True).to(tl.int64) << 32) | candidates
 
     if tl.load(chain_only_ptr + req) != 0:
@@ -104,7 +104,7 @@ def select_nodes(
     slots: torch.Tensor,  # [num_reqs] int, batch row -> request slot
     token_ids: torch.Tensor,  # [num_reqs, max_num_candidates] int32
     parents: torch.Tensor,  # [num_reqs, max_num_candidates] int32, -1: root
-    log_probs: torch.Tensor,  # [num_reqs, max_num_candidates] float32, given the parent
+    scores: torch.Tensor,  # [num_reqs, max_num_candidates] float32, log-prob of the path
     proposers: torch.Tensor,  # [num_reqs, max_num_candidates] int32, bit per proposer
     num_candidates: torch.Tensor,  # [num_reqs] int32
     budgets: torch.Tensor,  # [num_reqs] int32, most nodes to keep, root excluded
@@ -117,20 +117,20 @@ def select_nodes(
 ) -> None:
     """Keep the most probable candidates, best first, as the slots' new trees.
 
-    Log-probs only fall along a path (positive ones count as 0), so the best nodes are
-    closed under ancestors, and so is any prefix of them; ties go to the lower index,
-    which parents have. Candidates of log-prob NaN or -inf go, descendants included. A
-    single path takes the best child from the root on. Tree columns past
-    ``tree_num_nodes`` keep what they held.
+    A candidate is worth the lowest score on its path, its own included and positive ones
+    counted as 0. So the best nodes are closed under ancestors, and so is any prefix of
+    them; ties go to the lower index, which parents have. Candidates of score NaN or -inf
+    go, descendants included. A single path takes the best child from the root on. Tree
+    columns past ``tree_num_nodes`` keep what they held.
     """
     num_reqs, max_num_candidates = slots.shape[0], token_ids.shape[1]
     max_num_drafts = draft_tokens.shape[1]
-    columns = (token_ids, parents, log_probs, proposers)
+    columns = (token_ids, parents, scores, proposers)
     trees = (tree_token_ids, tree_parents, tree_proposers)
     if max_num_candidates < 1:
         raise ValueError("select_nodes needs room for at least 1 candidate")
     for names, tensors in (
-        ("token_ids, parents, log_probs and proposers", columns),
+        ("token_ids, parents, scores and proposers", columns),
         ("tree_token_ids, tree_parents and tree_proposers", trees),
     ):
         layouts = {(t.shape, t.stride(0) if t.shape[0] > 1 else 0) for t in tensors}

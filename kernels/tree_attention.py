@@ -1,4 +1,4 @@
-"""Paged attention in which a request's trailing query rows may be a token tree."""
+"""Paged attention in which a request's last keys may be a token tree."""
 
 import math
 from typing import NamedTuple
@@ -251,12 +251,16 @@ def tree_attention(
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """Attention of every query row, where a request's last rows may be a tree.
+    """Attention of every query row, where a request's last keys may be a tree.
 
-    A request's rows are its last keys. The last ``num_nodes`` are a tree: each sees
+    A request's rows are its last keys. Its last ``num_nodes`` keys are a tree: each sees
     all keys before the root and, within the tree, its ancestors and itself; the rows
     before them are causal. A node's position, which a sliding window measures, is the
     root's plus its depth, though it is stored at the root's slot plus its index.
+
+    Rows may be fewer than nodes: row ``r`` of ``query_len`` is then node
+    ``num_nodes - query_len + r``, and the nodes before it are in the cache already. So a
+    tree may grow a few nodes at a time, each seeing what it would see in one go.
     """
     _check_shapes(query, key_cache, value_cache, output, depths, masks)
     _check_numbers(sliding_window, soft_cap)

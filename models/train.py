@@ -47,7 +47,11 @@ STAGES = ((0.70, 256), (0.88, 512), (0.97, 1024), (1.0, 2048))
 # Directories that are left out: tests, generated character tables, help-text dumps.
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 # Hidden size, MLP size, layers, attention heads (of 64), key-value heads.
-SHAPES = {"target": (256, 640, 6, 4, 2), "draft": (128, 320, 2, 2, 1)}
+SHAPES = {
+    "target": (256, 640, 6, 4, 2),
+    "draft": (128, 320, 2, 2, 1),
+    "draft_small": (128, 256, 1, 2, 1),
+}
 PROMPTS = (
     "def read_json(path):\n",
     "class Stack:\n    def __init__(self",
@@ -166,7 +170,13 @@ def logits_of(model: Model, ids: Tensor) -> Tensor:
 
 
 def train(
-    model: Model, data: Tensor, folder: Path, args: Any, teacher: Model = None
+    model: Model,
+    data: Tensor,
+    folder: Path,
+    args: Any,
+    *,
+    teacher: Model = None,
+    trained: bool = False,
 ) -> None:
     """Train on next-token loss or, with a teacher, on KL(teacher || model).
 
@@ -176,7 +186,7 @@ def train(
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in named if p.ndim < 2 or "embed" in n]
-    scale = 1.0 if teacher is None else 0.5  # a distilled model is trained already
+    scale = 0.5 if trained and teacher is not None else 1.0
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=0.03 * scale, weight_decay=0.1),
         torch.optim.AdamW(others, lr=0.012 * scale, betas=(0.9, 0.95), fused=True),
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--resume", action="store_true", help="from the saved weights")
+    parser.add_argument("--student", default="draft", help="whom distill teaches")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -292,7 +303,10 @@ def main() -> None:
     print(f"{len(texts)} files, {sum(map(len, texts))} characters, {len(data)} tokens")
     if args.task == "distill":
         teacher = load(args.out / "target")
-        train(load(args.out / "draft"), data, args.out / "draft", args, teacher)
+        folder = args.out / args.student
+        trained = (folder / "config.json").exists()
+        model = load(folder) if trained else new_model(args.student)
+        train(model, data, folder, args, teacher=teacher, trained=trained)
     else:
         folder = args.out / args.task
         model = load(folder) if args.resume else new_model(args.task)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from typing import Any, ClassVar
 
 METHOD = "treespec"
 MAX_NODES = 1024
+MAX_PROPOSERS = 31  # one bit each
 
 
 class ConfigError(ValueError):
@@ -62,9 +65,83 @@ class NgramConfig:
             yield f"min_n={self.min_n}: must be <= max_n={self.max_n}"
 
 
-ProposerConfig = SuffixConfig | NgramConfig
-PROPOSERS: dict[str, type[SuffixConfig] | type[NgramConfig]] = {
-    config.type: config for config in (SuffixConfig, NgramConfig)
+SHAPES = ("best_first", "static", "sequoia")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftModelConfig:
+    """Options of a ``draft_model`` proposer: a small model with the target's tokens."""
+
+    type: ClassVar[str] = "draft_model"
+
+    model: str = ""
+    """Checkpoint directory or name, anything that vLLM loads as a decoder."""
+
+    depth: int = 6
+    """Longest drafted path in tokens, one forward of the draft each."""
+
+    width: int = 8
+    """Nodes per level that the draft runs on (``best_first``)."""
+
+    top_k: int = 8
+    """Children drawn for each of them (``best_first``)."""
+
+    shape: str = "best_first"
+    """``best_first``: the likeliest paths; ``static``: the same tree every step, see
+    ``branching``; ``sequoia``: the best such tree for ``acceptance``."""
+
+    branching: tuple[int, ...] = ()
+    """Children per node, level by level (``static``)."""
+
+    acceptance: tuple[float, ...] = ()
+    """How often the draft's k-th choice is the target's (``sequoia``); a list, or the
+    file that ``vllm-treespec tune sequoia`` wrote."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the draft's repository."""
+
+    quantization: str | None = None
+    """As vLLM's ``--quantization``; None reads it from the checkpoint."""
+
+    dtype: str = "auto"
+    """As vLLM's ``--dtype``; ``auto`` is the target's."""
+
+    max_model_len: int | None = None
+    """Positions the draft is used for; past them it falls silent. None: all that it
+    was trained for."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.model:
+            yield "model is missing: name a checkpoint with the target's vocabulary"
+        yield from _out_of_range("depth", self.depth, 1, 64)
+        yield from _out_of_range("width", self.width, 1, 256)
+        yield from _out_of_range("top_k", self.top_k, 1, 256)
+        if self.shape not in SHAPES:
+            yield f"shape={self.shape!r}: must be one of {list(SHAPES)}"
+        for name, shape in (("branching", "static"), ("acceptance", "sequoia")):
+            if self.shape == shape and not getattr(self, name):
+                yield f"{name} is missing: shape={shape!r} needs it"
+            if self.shape != shape and getattr(self, name):
+                yield f"{name}: belongs to shape={shape!r}, shape is {self.shape!r}"
+        for level, count in enumerate(self.branching):
+            yield from _out_of_range(f"branching[{level}]", count, 1, 256)
+        for rank, rate in enumerate(self.acceptance):
+            is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if not is_number or not 0 <= rate <= 1:
+                yield f"acceptance[{rank}]={rate!r}: must be in [0, 1]"
+        if self.max_model_len is not None:
+            yield from _out_of_range("max_model_len", self.max_model_len, 1, 2**31 - 1)
+
+    @property
+    def num_static_nodes(self) -> int:
+        """Nodes of the tree that ``branching`` spells out, root excluded."""
+        levels = range(1, len(self.branching) + 1)
+        return sum(prod(self.branching[:level]) for level in levels)
+
+
+ProposerConfig = SuffixConfig | NgramConfig | DraftModelConfig
+PROPOSERS: dict[str, type[ProposerConfig]] = {
+    config.type: config for config in (SuffixConfig, NgramConfig, DraftModelConfig)
 }
 
 
@@ -76,7 +153,10 @@ class TreeSpecConfig:
     """Draft nodes verified per request and step, root excluded."""
 
     proposers: tuple[ProposerConfig, ...] = field(default=(SuffixConfig(),))
-    """Where drafts come from; their trees are merged."""
+    """Where drafts come from; their trees are merged. Several draft models may be."""
+
+    adaptive: bool = True
+    """Draft less often with a proposer that does not pay for its time."""
 
     kernels: str = "auto"
     """``triton``, ``torch`` (their slow twins), or ``auto``: Triton on a GPU."""
@@ -91,14 +171,52 @@ class TreeSpecConfig:
         )
         if not self.proposers:
             yield f"tree.proposers=[]: name at least one of {sorted(PROPOSERS)}"
-        types = [proposer.type for proposer in self.proposers]
+        types = [each.type for each in self.proposers if each not in self.draft_models]
         for name in sorted({name for name in types if types.count(name) > 1}):
             yield f"tree.proposers: {name!r} is listed twice, list it once"
+        if len(self.proposers) > MAX_PROPOSERS:
+            yield f"tree.proposers: {len(self.proposers)}, at most {MAX_PROPOSERS}"
         for position, proposer in enumerate(self.proposers):
             for problem in proposer.problems():
                 yield f"tree.proposers[{position}].{problem}"
+        for draft in self.draft_models:
+            if draft.num_static_nodes > self.num_speculative_tokens:
+                yield (
+                    f"branching={list(draft.branching)} makes "
+                    f"{draft.num_static_nodes} nodes: at most num_speculative_tokens="
+                    f"{self.num_speculative_tokens}"
+                )
+        if not isinstance(self.adaptive, bool):
+            yield f"tree.adaptive={self.adaptive!r}: must be true or false"
         if self.kernels not in KERNELS:
             yield f"tree.kernels={self.kernels!r}: must be one of {list(KERNELS)}"
+
+    @property
+    def draft_models(self) -> tuple[DraftModelConfig, ...]:
+        """The proposers that are draft models, in order."""
+        return tuple(
+            each for each in self.proposers if isinstance(each, DraftModelConfig)
+        )
+
+    @property
+    def proposer_names(self) -> list[str]:
+        """Distinct names in order: types, draft models after the first numbered."""
+        types = [proposer.type for proposer in self.proposers]
+        return [
+            name if (count := types[:place].count(name)) == 0 else f"{name}_{count + 1}"
+            for place, name in enumerate(types)
+        ]
+
+    @property
+    def max_depth(self) -> int:
+        """Longest path of a tree, in tokens."""
+        depths = [
+            len(each.branching)
+            if isinstance(each, DraftModelConfig) and each.branching
+            else each.depth
+            for each in self.proposers
+        ]
+        return min(self.num_speculative_tokens, max(depths))
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> TreeSpecConfig:
@@ -113,12 +231,11 @@ class TreeSpecConfig:
         )
         tree = raw.get("tree", {})
         _require("tree", tree, Mapping, "an object")
-        _refuse_unknown("tree", tree, ("proposers", "kernels"))
+        _refuse_unknown("tree", tree, ("proposers", "kernels", "adaptive"))
         options: dict[str, Any] = {
             key: raw[key] for key in ("num_speculative_tokens",) if key in raw
         }
-        if "kernels" in tree:
-            options["kernels"] = tree["kernels"]
+        options |= {key: tree[key] for key in ("kernels", "adaptive") if key in tree}
         if "proposers" in tree:
             _require("tree.proposers", tree["proposers"], list, "a list")
             options["proposers"] = tuple(
@@ -138,6 +255,7 @@ class TreeSpecConfig:
                     for proposer in self.proposers
                 ],
                 "kernels": self.kernels,
+                "adaptive": self.adaptive,
             },
         }
 
@@ -155,7 +273,25 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
         )
     config = PROPOSERS[name]
     _refuse_unknown(where, raw, ("type", *(option.name for option in fields(config))))
-    return config(**{key: value for key, value in raw.items() if key != "type"})
+    options = {key: value for key, value in raw.items() if key != "type"}
+    if isinstance(options.get("acceptance"), str):
+        options["acceptance"] = _read_acceptance(where, options["acceptance"])
+    for name in ("branching", "acceptance"):
+        if name in options:
+            _require(f"{where}.{name}", options[name], list | tuple, "a list")
+            options[name] = tuple(options[name])
+    return config(**options)
+
+
+def _read_acceptance(where: str, path: str) -> list[float]:
+    try:
+        with open(path) as file:
+            return list(json.load(file)["acceptance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where}.acceptance={path!r}: {type(error).__name__}: {error}; "
+            "'vllm-treespec tune sequoia' writes such a file"
+        ) from error
 
 
 def _refuse_unknown(where: str, raw: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -172,7 +308,7 @@ def _hint(word: str, known: Any) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _require(where: str, value: Any, kind: type, wanted: str) -> None:
+def _require(where: str, value: Any, kind: Any, wanted: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{where}={value!r}: must be {wanted}")
 

@@ -4,11 +4,11 @@ import torch
 def merge_candidates(
     token_ids: torch.Tensor,
     parents: torch.Tensor,
-    log_probs: torch.Tensor,
+    scores: torch.Tensor,
     num_candidates: torch.Tensor,
     merged_token_ids: torch.Tensor,
     merged_parents: torch.Tensor,
-    merged_log_probs: torch.Tensor,
+    merged_scores: torch.Tensor,
     merged_proposers: torch.Tensor,
     num_merged: torch.Tensor,
 ) -> None:
@@ -21,18 +21,18 @@ def merge_candidates(
             candidates = zip(
                 token_ids[proposer, req, :num].tolist(),
                 parents[proposer, req, :num].tolist(),
-                log_probs[proposer, req, :num].tolist(),
+                scores[proposer, req, :num].tolist(),
                 strict=True,
             )
-            for token_id, parent, log_prob in candidates:
+            for token_id, parent, score in candidates:
                 edge = (node_of[parent] if parent >= 0 else -1, token_id)
                 node = node_of_edge.setdefault(edge, len(node_of_edge))
                 node_of.append(node)
                 if node == len(best):
                     best.append(float("-inf"))
                     proposers.append(0)
-                if log_prob > best[node]:  # NaN counts as -inf
-                    best[node] = log_prob
+                if score > best[node]:  # NaN counts as -inf
+                    best[node] = score
                 proposers[node] |= 1 << proposer
 
         num_merged[req] = len(best)
@@ -40,5 +40,5 @@ def merge_candidates(
             edges = torch.tensor(list(node_of_edge))
             merged_parents[req, : len(best)] = edges[:, 0]
             merged_token_ids[req, : len(best)] = edges[:, 1]
-            merged_log_probs[req, : len(best)] = torch.tensor(best)
+            merged_scores[req, : len(best)] = torch.tensor(best)
             merged_proposers[req, : len(best)] = torch.tensor(proposers)

@@ -7,7 +7,7 @@ def select_nodes(
     slots: torch.Tensor,
     token_ids: torch.Tensor,
     parents: torch.Tensor,
-    log_probs: torch.Tensor,
+    scores: torch.Tensor,
     proposers: torch.Tensor,
     num_candidates: torch.Tensor,
     budgets: torch.Tensor,
@@ -21,8 +21,8 @@ def select_nodes(
     max_num_drafts = draft_tokens.shape[1]
     for req, slot in enumerate(slots.tolist()):
         num = int(num_candidates[req])
-        costs = _path_costs(parents[req, :num], log_probs[req, :num])
         parent_of = parents[req, :num].tolist()
+        costs = _path_costs(parent_of, scores[req, :num].tolist())
         order = sorted(range(num), key=lambda node: (costs[node], node))
         order = [candidate for candidate in order if costs[candidate] < math.inf]
         if chain_only[req]:
@@ -43,16 +43,13 @@ def select_nodes(
         draft_tokens[req, : len(order)] = token_ids[req, order]
 
 
-def _path_costs(parents: torch.Tensor, log_probs: torch.Tensor) -> list[float]:
-    """Summed in float32 from the leaf up, as the kernel does, so that ties agree."""
-    costs = torch.zeros_like(log_probs)
-    own_costs = -log_probs.clamp(max=0)  # keeps NaN
-    ancestors = torch.arange(len(parents), device=parents.device)
-    while (ancestors >= 0).any():
-        is_real = ancestors >= 0
-        costs += torch.where(is_real, own_costs[ancestors], 0.0)
-        ancestors = torch.where(is_real, parents[ancestors], -1)
-    return costs.nan_to_num(nan=math.inf, posinf=math.inf).tolist()
+def _path_costs(parents: list[int], scores: list[float]) -> list[float]:
+    """The cost of the worst node between the root and each candidate, inclusive."""
+    costs: list[float] = []
+    for parent, score in zip(parents, scores, strict=True):
+        own_cost = math.inf if math.isnan(score) else -score
+        costs.append(max(own_cost, costs[parent] if parent >= 0 else 0.0))
+    return costs
 
 
 def _best_path(order: list[int], parents: list[int]) -> list[int]:

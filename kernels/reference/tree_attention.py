@@ -70,7 +70,9 @@ def _visible(
     bits = torch.arange(WORD_BITS, dtype=torch.int32, device=masks.device)
     seen = (masks[:, :, None] >> bits & 1).flatten(1)[:, :num_nodes] == 1
     # The root is a causal row, whatever its mask.
-    visible[-num_nodes:, -num_nodes:][1:] &= seen[1:]
+    seen[0] = True
+    num_tree_rows = min(query_len, num_nodes)  # earlier nodes are in the cache only
+    visible[-num_tree_rows:, -num_nodes:] &= seen[-num_tree_rows:]
     return visible
 
 

@@ -10,7 +10,7 @@ from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.history import TokenHistory
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose import Candidates
-from vllm_treespec.core.schedule import num_useful_drafts
+from vllm_treespec.core.schedule import num_offered
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths, cut_paths, walk_target
 
@@ -24,14 +24,15 @@ def candidates(*rows):
     result = Candidates(
         token_ids=np.zeros((len(rows), width), np.int32),
         parents=np.zeros((len(rows), width), np.int32),
-        log_probs=np.zeros((len(rows), width), np.float32),
+        scores=np.zeros((len(rows), width), np.float32),
         num_candidates=np.array([len(row) for row in rows], np.int32),
     )
     for number, row in enumerate(rows):
         for column, (token, parent, probability) in enumerate(row):
             result.token_ids[number, column] = token
             result.parents[number, column] = parent
-            result.log_probs[number, column] = np.log(probability)
+            parent_score = result.scores[number, parent] if parent >= 0 else 0.0
+            result.scores[number, column] = parent_score + np.log(probability)
     return result
 
 
@@ -42,11 +43,12 @@ def build(proposals, *, num_nodes=9, budgets=None, chain_only=None):
         KERNELS, trees, num_proposers=len(proposals), max_candidates=8
     )
     slots = torch.tensor([5, 2, 0][:num_reqs])
+    for proposer, proposal in enumerate(proposals):
+        builder.upload(proposer, proposal)
     drafts = builder.build(
-        proposals,
         slots,
-        np.full(num_reqs, num_nodes - 1) if budgets is None else np.array(budgets),
-        np.array(chain_only or [False] * num_reqs),
+        torch.tensor(budgets or [num_nodes - 1] * num_reqs, dtype=torch.int32),
+        torch.tensor(chain_only or [0] * num_reqs, dtype=torch.int32),
     )
     return trees, slots, drafts
 
@@ -75,7 +77,7 @@ def test_budgets_differ_per_request_and_keep_the_best():
 
 def test_a_chain_is_the_best_path():
     row = [(1, -1, 0.6), (2, -1, 0.4), (3, 0, 0.5), (4, 0, 0.5), (5, 1, 0.9)]
-    trees, slots, _ = build([candidates(row, row)], chain_only=[True, False])
+    trees, slots, _ = build([candidates(row, row)], chain_only=[1, 0])
     assert trees.parents[slots[0], :3].tolist() == [-1, 0, 1]
     assert trees.token_ids[slots[0], 1:3].tolist() == [1, 3]
     assert trees.num_nodes[slots].tolist() == [3, 6]
@@ -108,11 +110,43 @@ def test_a_reset_slot_accepts_nothing():
     assert count.tolist() == [1]
 
 
-def test_only_useful_drafts_are_scheduled():
+def test_only_what_was_offered_is_scheduled():
     first = candidates([(1, -1, 0.9)], [(1, -1, 0.9), (2, -1, 0.1)], [])
     second = candidates([(1, -1, 0.9)], [(3, -1, 0.9)], [])
-    useful = num_useful_drafts([first, second], np.array([8, 2, 8], np.int32))
-    assert useful.tolist() == [2, 2, 0]
+    assert num_offered([first, second]).tolist() == [2, 3, 0]
+
+
+def test_scores_are_judged_by_what_the_target_said():
+    """A boastful proposer's candidates stop pushing out those of a modest one."""
+    boastful = candidates([(1, -1, 0.9), (2, -1, 0.09)])
+    modest = candidates([(7, -1, 0.2), (8, -1, 0.1)])
+    trees = TreeBuffers.allocate(6, 9, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
+    slots, two = torch.tensor([4]), torch.tensor([2], dtype=torch.int32)
+
+    def draft():
+        builder.upload(0, boastful)
+        builder.upload(1, modest)
+        return builder.build(slots, two, torch.zeros_like(two))[0, :2].tolist()
+
+    assert draft() == [1, 7]
+    for step in range(160):
+        said = 7 if step % 2 else 8
+        builder.learn(torch.tensor([[said, 3]]), torch.tensor([1], dtype=torch.int32))
+    assert sorted(draft()) == [7, 8]
+
+
+def test_a_proposer_that_rests_leaves_nothing_behind():
+    first, second = candidates([(1, -1, 0.9)]), candidates([(7, -1, 0.2)])
+    trees = TreeBuffers.allocate(6, 9, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
+    builder.upload(0, first)
+    builder.upload(1, second)
+    builder.forget(0, 1)
+    slots, budgets = torch.tensor([4]), torch.tensor([8], dtype=torch.int32)
+    builder.build(slots, budgets, torch.zeros_like(budgets))
+    assert trees.num_nodes[4] == 2
+    assert trees.token_ids[4, 1] == 7
 
 
 def test_history_grows_by_what_was_sampled_and_never_past_its_end():

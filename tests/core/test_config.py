@@ -4,6 +4,7 @@ import pytest
 
 from vllm_treespec.config import (
     ConfigError,
+    DraftModelConfig,
     NgramConfig,
     SuffixConfig,
     TreeSpecConfig,
@@ -19,7 +20,13 @@ def test_defaults_need_nothing_but_the_method():
 def test_survives_a_trip_through_json():
     config = TreeSpecConfig(
         num_speculative_tokens=7,
-        proposers=(NgramConfig(min_n=3), SuffixConfig(depth=4)),
+        proposers=(
+            NgramConfig(min_n=3),
+            SuffixConfig(depth=4),
+            DraftModelConfig(model="small", shape="static", branching=(2, 2)),
+            DraftModelConfig(model="tiny", shape="sequoia", acceptance=(0.6, 0.2)),
+        ),
+        adaptive=False,
     )
     assert TreeSpecConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -45,6 +52,10 @@ def test_reports_every_problem_at_once():
         assert problem in str(error.value)
 
 
+def draft(**options):
+    return {"tree": {"proposers": [{"type": "draft_model", **options}]}}
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -65,6 +76,21 @@ def test_reports_every_problem_at_once():
             {"tree": {"proposers": [{"type": "ngram"}, {"type": "ngram"}]}},
             "'ngram' is listed twice",
         ),
+        (draft(), "model is missing"),
+        (draft(model="small", shape="fixed"), "shape='fixed': must be one of"),
+        (draft(model="small", shape="static"), "branching is missing"),
+        (draft(model="small", branching=[2]), "branching: belongs to shape='static'"),
+        (
+            draft(model="small", shape="static", branching=[8, 8]),
+            "branching=[8, 8] makes 72 nodes: at most num_speculative_tokens=32",
+        ),
+        (draft(model="s", shape="static", branching=3), "branching=3: must be a list"),
+        (draft(model="s", shape="static", branching=[0]), "branching[0]=0: must be in"),
+        (draft(model="s", shape="sequoia"), "acceptance is missing"),
+        (draft(model="s", shape="sequoia", acceptance=[2]), "acceptance[0]=2: must be"),
+        (draft(model="s", shape="sequoia", acceptance="no.json"), "tune sequoia"),
+        (draft(model="small", width=0), "width=0: must be in [1, 256]"),
+        ({"tree": {"adaptive": "yes"}}, "tree.adaptive='yes': must be true or false"),
         ({"num_speculative_tokens": "8"}, "num_speculative_tokens='8': must be an int"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens=True: must be an"),
     ],
@@ -73,3 +99,39 @@ def test_names_the_value_the_bound_and_the_fix(raw, message):
     with pytest.raises(ConfigError) as error:
         TreeSpecConfig.parse({"method": "treespec", **raw})
     assert message in str(error.value)
+
+
+def test_several_draft_models_have_names_of_their_own():
+    drafts = tuple(DraftModelConfig(model=name) for name in ("small", "tiny"))
+    config = TreeSpecConfig(proposers=(*drafts, SuffixConfig()))
+    assert config.proposer_names == ["draft_model", "draft_model_2", "suffix"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("0.5 0.25", "JSONDecodeError"),
+        ("[0.5, 0.25]", "TypeError"),
+        ("{}", "'acceptance'"),
+        ('{"acceptance": []}', "acceptance is missing"),
+        ('{"acceptance": [0.5, "x"]}', "acceptance[1]='x'"),
+        ('{"acceptance": [true]}', "acceptance[0]=True"),
+    ],
+)
+def test_a_file_that_is_no_measurement_is_refused(tmp_path, content, problem):
+    path = tmp_path / "acceptance.json"
+    path.write_text(content)
+    raw = draft(model="small", shape="sequoia", acceptance=str(path))
+    with pytest.raises(ConfigError) as error:
+        TreeSpecConfig.parse({"method": "treespec", **raw})
+    assert problem in str(error.value)
+
+
+def test_a_measurement_is_read_once_and_travels_along(tmp_path):
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps({"acceptance": [0.5, 0.25, 0], "target": "t"}))
+    raw = draft(model="small", shape="sequoia", acceptance=str(path))
+    config = TreeSpecConfig.parse({"method": "treespec", **raw})
+    path.unlink()
+    again = TreeSpecConfig.parse(json.loads(json.dumps(config.to_dict())))
+    assert again.draft_models[0].acceptance == (0.5, 0.25, 0)

@@ -32,7 +32,7 @@ def step_of(*histories) -> DecodeStep:
 
 
 def paths(candidates: Candidates, row: int = 0) -> dict[tuple[int, ...], float]:
-    """Path from the root -> its last token's probability."""
+    """Path from the root -> its last token's probability, given the ones before."""
     found: dict[tuple[int, ...], float] = {}
     spelled: list[tuple[int, ...]] = []
     for node in range(candidates.num_candidates[row]):
@@ -40,7 +40,10 @@ def paths(candidates: Candidates, row: int = 0) -> dict[tuple[int, ...], float]:
         prefix = spelled[parent] if parent >= 0 else ()
         spelled.append((*prefix, int(candidates.token_ids[row, node])))
         assert spelled[-1] not in found, "two siblings alike"
-        found[spelled[-1]] = float(np.exp(candidates.log_probs[row, node]))
+        score = candidates.scores[row, node]
+        parent_score = candidates.scores[row, parent] if parent >= 0 else 0.0
+        assert score <= parent_score, "a path above its start"
+        found[spelled[-1]] = float(np.exp(score - parent_score))
     return found
 
 

@@ -1,4 +1,6 @@
-from vllm_treespec.core.observe import draw_tree, walk
+import torch
+
+from vllm_treespec.core.observe import draw_tree, marginal_acceptance, walk
 
 #     root
 #    /    \
@@ -26,3 +28,21 @@ def test_a_tree_is_drawn_with_its_accepted_path():
         "* `- b",
         "*    `- e",
     ]
+
+
+def test_a_proposer_is_worth_what_would_be_lost_without_it():
+    #        accepted: 0 -> 2 -> 3 -> 5, root first
+    nodes = torch.tensor([[0, 2, 3, 5, 6, 6, 4]])  # stale behind the path
+    # Bit 0 and bit 1 per node: node 2 by both, 3 by the second alone, 5 by both.
+    proposers = torch.tensor([[0, 1, 3, 2, 1, 3, 2]])
+    whole = marginal_acceptance(proposers, nodes, torch.tensor([3]), 2)
+    assert whole.tolist() == [0, 2]
+    cut = marginal_acceptance(proposers, nodes, torch.tensor([1]), 2)
+    assert cut.tolist() == [0, 0]
+
+
+def test_a_single_proposer_is_worth_all_that_was_accepted():
+    nodes = torch.tensor([[0, 1, 2], [0, 0, 0], [0, 2, 0]])
+    lengths = torch.tensor([2, 0, 1])
+    proposers = torch.tensor([[0, 1, 1]] * 3)
+    assert marginal_acceptance(proposers, nodes, lengths, 1).tolist() == [3]

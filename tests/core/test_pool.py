@@ -35,7 +35,7 @@ class Echo:
         return Candidates(
             token_ids=np.full((rows, 1), self.token, np.int32),
             parents=np.full((rows, 1), self.parent, np.int32),
-            log_probs=np.zeros((rows, 1), np.float32),
+            scores=np.zeros((rows, 1), np.float32),
             num_candidates=np.ones(rows, np.int32),
         )
 
@@ -74,6 +74,52 @@ def test_nonsense_dismisses_its_proposer_only(nonsense):
     assert good.num_candidates.tolist() == [1, 1]
     nonsense.token, nonsense.parent = 1, -1
     assert asked.propose(step())[0].num_candidates.tolist() == [0, 0]
+
+
+class Scored(Echo):
+    """The last row is a chain with these scores, and stale columns behind it."""
+
+    def __init__(self, *scores):
+        super().__init__()
+        self.scores = scores
+
+    def propose(self, step):
+        rows, size = len(step.slots), len(self.scores)
+        candidates = Candidates.allocate(rows, size + 2)
+        candidates.parents[-1] = [*range(-1, size - 1), 99, -99]
+        candidates.scores[-1] = [*self.scores, np.nan, 7.0]
+        candidates.num_candidates[-1] = size
+        return candidates
+
+
+@pytest.mark.parametrize(
+    "scores", [(0.5,), (np.nan,), (-1.0, -0.9), (-1.0, np.nan), (-np.inf, -3.0)]
+)
+def test_scores_that_no_path_can_have_are_nonsense(scores):
+    asked = pool(Scored(*scores), max_candidates=9)
+    assert asked.propose(step())[0].num_candidates.sum() == 0
+
+
+@pytest.mark.parametrize(
+    "scores", [(0.0, -0.0), (-1.0, -1.0), (-2.0, -np.inf, -np.inf), (-np.inf,)]
+)
+def test_scores_that_fall_along_the_path_are_fine(scores):
+    kept = pool(Scored(*scores), max_candidates=9).propose(step())[0]
+    assert kept.num_candidates.tolist() == [0, len(scores)]
+
+
+def test_scores_are_held_against_the_parent_and_not_against_the_neighbour():
+    siblings = Scored(-3.0, -1.0, -2.0)
+    propose = siblings.propose
+
+    def as_siblings(step):
+        candidates = propose(step)
+        candidates.parents[-1, :3] = [-1, -1, 1]
+        return candidates
+
+    siblings.propose = as_siblings
+    kept = pool(siblings, max_candidates=9).propose(step())[0]
+    assert kept.num_candidates.sum() == 3
 
 
 def test_more_candidates_than_asked_for_are_nonsense():

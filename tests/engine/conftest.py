@@ -78,6 +78,31 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
     return path
 
 
+@pytest.fixture(scope="session")
+def draft_path(
+    model_path: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
+    """Directory of a model that often, not always, agrees with that architecture's."""
+    made: dict[tuple[str, int], str] = {}
+
+    def path(architecture: str, seed: int = 0, noise: float = 0.05) -> str:
+        key = (architecture, seed)
+        if key not in made:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                model_path(architecture)
+            )
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight += noise * weight.std() * torch.randn_like(weight)
+            directory = tmp_path_factory.mktemp(f"{architecture}-draft{seed}-")
+            model.save_pretrained(directory)
+            made[key] = str(directory)
+        return made[key]
+
+    return path
+
+
 @dataclass
 class Engine:
     """A started engine and what its trees did."""

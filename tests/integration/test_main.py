@@ -1,10 +1,20 @@
 import json
+import tomllib
+from pathlib import Path
 
-from vllm_treespec.__main__ import main
+import pytest
+
+from vllm_treespec import __main__ as command
+from vllm_treespec.config import ConfigError
+from vllm_treespec.integration.measure_acceptance import Measured, MeasureOptions
+
+main = command.main
+REQUIRED = ["--draft", "small", "--data", "text.txt"]
 
 
-def test_prints_versions_seams_and_config(capsys):
-    assert main([json.dumps({"method": "treespec", "num_speculative_tokens": 9})]) == 0
+def test_check_prints_versions_seams_and_config(capsys):
+    config = json.dumps({"method": "treespec", "num_speculative_tokens": 9})
+    assert main(["check", config]) == 0
     printed = capsys.readouterr().out
     assert "vllm 0.3" in printed
     assert "moved" not in printed
@@ -12,8 +22,81 @@ def test_prints_versions_seams_and_config(capsys):
     assert '"num_speculative_tokens": 9' in printed
 
 
+def test_check_needs_no_config(capsys):
+    assert main(["check"]) == 0
+    assert '"num_speculative_tokens": 32' in capsys.readouterr().out
+
+
 def test_a_wrong_config_is_an_error_exit(capsys):
-    assert main(['{"tree": {"proposers": []}}']) == 1
+    assert main(["check", '{"tree": {"proposers": []}}']) == 1
     assert "name at least one of" in capsys.readouterr().out
-    assert main(["[1]"]) == 1
+    assert main(["check", "[1]"]) == 1
     assert "must be a JSON object" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["tune"], ["tune", "sequoia", "large"]])
+def test_an_unfinished_command_says_what_is_missing(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "required" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_this_one():
+    pyproject = tomllib.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    )
+    assert pyproject["project"]["scripts"] == {
+        "vllm-treespec": "vllm_treespec.__main__:main"
+    }
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Options of the measurements that were asked for; they come out at once."""
+    asked = []
+
+    def measure(options):
+        asked.append(options)
+        return Measured(acceptance=(0.6, 0.2), num_positions=1000, options=options)
+
+    monkeypatch.setattr(command, "measure_acceptance", measure)
+    return asked
+
+
+def test_tune_sequoia_measures_writes_and_shows_what_trees_are_worth(
+    measured, tmp_path, capsys
+):
+    out = tmp_path / "acceptance.json"
+    options = [*REQUIRED, "--out", str(out), "--num-ranks", "2", "--temperature", "0.5"]
+    assert main(["tune", "sequoia", "large", *options]) == 0
+    assert measured == [
+        MeasureOptions(
+            target="large", draft="small", data="text.txt", num_ranks=2, temperature=0.5
+        )
+    ]
+    written = json.loads(out.read_text())
+    assert written["acceptance"] == [0.6, 0.2]
+    assert (written["target"], written["draft"]) == ("large", "small")
+    assert (written["temperature"], written["num_positions"]) == (0.5, 1000)
+    assert written["vllm_treespec"]
+    printed = capsys.readouterr().out
+    # 1 + .6 + .36 + .216 + .2
+    assert "|           4 |     3 |            2.38 |" in printed
+    assert "1000 positions" in printed
+
+
+def test_a_wrong_option_is_an_error_exit_before_anything_is_measured(
+    measured, tmp_path, capsys
+):
+    out = ["--out", str(tmp_path / "acceptance.json")]
+    assert main(["tune", "sequoia", "large", *REQUIRED, *out, "--num-ranks", "0"]) == 1
+    assert "num_ranks=0: must be >= 1" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "nowhere" / "acceptance.json")]
+    assert main(["tune", "sequoia", "large", *REQUIRED, *out]) == 1
+    assert "nowhere is no directory; make it" in capsys.readouterr().err
+    assert measured == []
+
+
+def test_all_problems_of_a_measurement_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"(?s)max_tokens=0.*temperature=-1"):
+        MeasureOptions(target="t", draft="d", data="x", max_tokens=0, temperature=-1)

@@ -165,8 +165,8 @@ def merge_candidates(block_candidates: int, block_nodes: int) -> Arguments:
         "parents_ptr",
         "parents_proposer_stride",
         "parents_req_stride",
-        "log_probs_proposer_stride",
-        "log_probs_req_stride",
+        "scores_proposer_stride",
+        "scores_req_stride",
         "num_candidates_ptr",
         "num_candidates_stride",
         "merged_token_ids_ptr",
@@ -175,8 +175,8 @@ def merge_candidates(block_candidates: int, block_nodes: int) -> Arguments:
         "merged_stride",
         "num_merged_ptr",
         "num_proposers",
-        log_probs_ptr="*fp32",
-        merged_log_probs_ptr="*fp32",
+        scores_ptr="*fp32",
+        merged_scores_ptr="*fp32",
         BLOCK_CANDIDATES=block_candidates,
         BLOCK_NODES=block_nodes,
     )
@@ -200,11 +200,32 @@ def select_nodes(
         "tree_num_nodes_ptr",
         "draft_tokens_stride",
         "max_num_drafts",
-        log_probs_ptr="*fp32",
+        scores_ptr="*fp32",
         chain_only_ptr=chain_only,
         draft_tokens_ptr="*i64",
         BLOCK_CANDIDATES=block_candidates,
         BLOCK_DRAFTS=block_drafts,
+    )
+
+
+def label_candidates(block_candidates: int, emitted: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "token_ids_ptr",
+        "token_ids_proposer_stride",
+        "token_ids_row_stride",
+        "parents_ptr",
+        "parents_proposer_stride",
+        "parents_row_stride",
+        "num_candidates_ptr",
+        "num_candidates_stride",
+        "emitted_stride",
+        "num_emitted_ptr",
+        "labels_proposer_stride",
+        "labels_row_stride",
+        "max_num_candidates",
+        emitted_ptr=emitted,
+        labels_ptr="*i8",
+        BLOCK_CANDIDATES=block_candidates,
     )
 
 
@@ -241,6 +262,9 @@ SIGNATURES: dict[str, Arguments] = {
     "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
     "select_nodes:_select_nodes_kernel int flags": select_nodes(64, 1, "*i32"),
     "select_nodes:_select_nodes_kernel 512 nodes": select_nodes(512, 1024),
+    "label_candidates:_label_candidates_kernel": label_candidates(64),
+    "label_candidates:_label_candidates_kernel short ids": label_candidates(32, "*i32"),
+    "label_candidates:_label_candidates_kernel 512 nodes": label_candidates(512),
 }
 
 # One process compiles everything: importing Triton takes longer than most kernels.

@@ -15,31 +15,29 @@ STALE = -7
 NAN, INF = float("nan"), float("inf")
 
 Path = tuple[int, ...]
-# (token id, parent, log-prob) per candidate
+# (token id, parent, score) per candidate
 Tree = list[tuple[int, int, float]]
 
 
 class Candidates(NamedTuple):
     token_ids: torch.Tensor
     parents: torch.Tensor
-    log_probs: torch.Tensor
+    scores: torch.Tensor
     num_candidates: torch.Tensor
 
 
 class Merged(NamedTuple):
     token_ids: torch.Tensor
     parents: torch.Tensor
-    log_probs: torch.Tensor
+    scores: torch.Tensor
     proposers: torch.Tensor
     num_merged: torch.Tensor
 
 
 def outputs(num_reqs: int, max_num_merged: int, device: torch.device) -> Merged:
     column = torch.full((num_reqs, max_num_merged), STALE, device=device).int()
-    log_probs = column.float()
-    return Merged(
-        column, column.clone(), log_probs, column.clone(), column[:, 0].clone()
-    )
+    scores = column.float()
+    return Merged(column, column.clone(), scores, column.clone(), column[:, 0].clone())
 
 
 def random_candidates(
@@ -57,15 +55,15 @@ def random_candidates(
 
 
 def merge_trees(trees: list[Tree], device: torch.device) -> list[tuple[int, ...]]:
-    """One request's (token id, parent, log-prob, proposers) nodes, in sorted order."""
+    """One request's (token id, parent, score, proposers) nodes, in sorted order."""
     size = max(len(tree) for tree in trees)
     padded = [tree + [(STALE, STALE, NAN)] * (size - len(tree)) for tree in trees]
-    token_ids, parents, log_probs = torch.tensor(padded).permute(2, 0, 1).contiguous()
+    token_ids, parents, scores = torch.tensor(padded).permute(2, 0, 1).contiguous()
     merged = outputs(1, len(trees) * size, device)
     merge_candidates(
         token_ids.int()[:, None].to(device),
         parents.int()[:, None].to(device),
-        log_probs[:, None].to(device),
+        scores[:, None].to(device),
         torch.tensor([[len(tree)] for tree in trees], device=device).int(),
         *merged,
     )
@@ -84,17 +82,17 @@ def paths(token_ids: list[int], parents: list[int]) -> list[Path]:
 
 
 def expected_nodes(candidates: Candidates, req: int) -> dict[Path, tuple[float, int]]:
-    """Path -> best log-prob and proposer bits, with no notion of a merged index."""
+    """Path -> best score and proposer bits, with no notion of a merged index."""
     nodes: dict[Path, tuple[float, int]] = {}
     for proposer, num in enumerate(candidates.num_candidates[:, req].tolist()):
         proposed = paths(
             candidates.token_ids[proposer, req, :num].tolist(),
             candidates.parents[proposer, req, :num].tolist(),
         )
-        log_probs = candidates.log_probs[proposer, req, :num].tolist()
-        for path, log_prob in zip(proposed, log_probs, strict=True):
+        scores = candidates.scores[proposer, req, :num].tolist()
+        for path, score in zip(proposed, scores, strict=True):
             best, proposers = nodes.get(path, (-INF, 0))
-            nodes[path] = (max(best, log_prob), proposers | 1 << proposer)
+            nodes[path] = (max(best, score), proposers | 1 << proposer)
     return nodes
 
 
@@ -127,8 +125,8 @@ def test_paths_are_the_union_of_the_proposers_paths(
     merge_candidates(*candidates, *merged)
     for req, num in enumerate(merged.num_merged.tolist()):
         columns = (column[req, :num].tolist() for column in merged[:4])
-        token_ids, parents, log_probs, proposers = columns
-        found = zip(log_probs, proposers, strict=True)
+        token_ids, parents, scores, proposers = columns
+        found = zip(scores, proposers, strict=True)
         nodes = dict(zip(paths(token_ids, parents), found, strict=True))
         assert len(nodes) == num, "two nodes of one path"
         assert nodes == expected_nodes(candidates, req)
@@ -190,10 +188,10 @@ def test_nan_from_everyone_is_impossible(device: torch.device):
     assert merge_trees([[(5, -1, NAN)]], device) == [(5, -1, -INF, 0b1)]
 
 
-def test_a_node_worth_more_given_another_parent_keeps_to_its_own(device: torch.device):
-    # log-probs are given the parent: 6 after 5 does not inherit 6 after 7
-    tree = [(5, -1, -1.0), (7, -1, -1.0), (6, 0, -4.0), (6, 1, -0.5)]
-    assert merge_trees([tree], device)[1:3] == [(6, 0, -4.0, 1), (6, 1, -0.5, 1)]
+def test_one_token_under_two_parents_keeps_two_scores(device: torch.device):
+    # 6 after 5 does not inherit the score of 6 after 7
+    tree = [(5, -1, -1.0), (7, -1, -1.0), (6, 0, -4.0), (6, 1, -1.5)]
+    assert merge_trees([tree], device)[1:3] == [(6, 0, -4.0, 1), (6, 1, -1.5, 1)]
 
 
 def test_no_candidates_are_no_nodes(device: torch.device):

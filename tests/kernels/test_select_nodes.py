@@ -20,7 +20,7 @@ MAX_NUM_REQS = 7
 class Candidates(NamedTuple):
     token_ids: torch.Tensor
     parents: torch.Tensor
-    log_probs: torch.Tensor
+    scores: torch.Tensor
     proposers: torch.Tensor
     num_candidates: torch.Tensor
 
@@ -62,6 +62,7 @@ def random_candidates(num_reqs: int, size: int, device: torch.device) -> Candida
     return Candidates(
         token_ids.int().to(device),
         (random_parents(num_reqs, size + 1)[:, 1:] - 1).contiguous().to(device),
+        # no path's log-probs: half of the children claim more than their parents
         -torch.rand(shape, generator=gen).to(device),
         (10_000 + token_ids).int().to(device),
         torch.full((num_reqs,), size, dtype=torch.int32, device=device),
@@ -70,7 +71,7 @@ def random_candidates(num_reqs: int, size: int, device: torch.device) -> Candida
 
 def select_one(
     parents: list[int],
-    log_probs: list[float],
+    scores: list[float],
     budget: int,
     device: torch.device,
     *,
@@ -84,7 +85,7 @@ def select_one(
         int32([3], device),
         int32([[10 + candidate for candidate in range(size)]], device),
         int32([parents], device),
-        torch.tensor([log_probs], device=device),
+        torch.tensor([scores], device=device),
         int32([[100 + candidate for candidate in range(size)]], device),
         int32([size], device),
         int32([budget], device),
@@ -100,7 +101,7 @@ def select_one(
 def test_matches_reference(size: int, device: torch.device):
     candidates = random_candidates(4, size, device)
     candidates.num_candidates[1] = size // 2
-    candidates.log_probs[2, ::5] = -INF
+    candidates.scores[2, ::5] = -INF
     # more room than candidates, less, and as many
     max_num_nodes = {7: 65, 33: 9}.get(size, size + 1)
     arguments = (
@@ -117,8 +118,8 @@ def test_matches_reference(size: int, device: torch.device):
 
 def test_matches_reference_at_full_size(device: torch.device):
     candidates = random_candidates(1, 512, device)
-    # eight levels of log-prob: ties everywhere
-    candidates.log_probs.mul_(8).ceil_().div_(8)
+    # eight levels of score: ties everywhere
+    candidates.scores.mul_(8).ceil_().div_(8)
     arguments = (int32([4], device), *candidates, int32([1024], device))
     arguments = (*arguments, int32([0], device))
     selected, expected = outputs(1, 1025, device), outputs(1, 1025, device)
@@ -127,17 +128,19 @@ def test_matches_reference_at_full_size(device: torch.device):
     torch.testing.assert_close(tuple(selected), tuple(expected), rtol=0, atol=0)
 
 
-def path_log_prob(node: int, parents: list[int], log_probs: list[float]) -> float:
-    if node < 0:
-        return 0.0
-    return log_probs[node] + path_log_prob(parents[node], parents, log_probs)
+def path_scores(parents: list[int], log_probs: list[float]) -> list[float]:
+    """What a proposer hands over, from log-probs given the parent."""
+    scores: list[float] = []
+    for parent, log_prob in zip(parents, log_probs, strict=True):
+        scores.append(log_prob + (scores[parent] if parent >= 0 else 0.0))
+    return scores
 
 
-def best_subset(parents: list[int], log_probs: list[float], budget: int) -> set[int]:
+def best_subset(parents: list[int], scores: list[float], budget: int) -> set[int]:
     """Of all ancestor-closed subsets, the one that expects most accepted tokens."""
 
     def expected_accepted(nodes: tuple[int, ...]) -> float:
-        return sum(math.exp(path_log_prob(node, parents, log_probs)) for node in nodes)
+        return sum(math.exp(scores[node]) for node in nodes)
 
     subsets = itertools.combinations(range(len(parents)), min(budget, len(parents)))
     closed = (
@@ -153,29 +156,41 @@ def test_no_other_subtree_expects_more_accepted_tokens(
 ):
     gen = torch.Generator().manual_seed(seed)
     parents = (random_parents(1, 10, seed)[0, 1:] - 1).tolist()
-    log_probs = (-2 * torch.rand(9, generator=gen)).tolist()
-    tree = select_one(parents, log_probs, budget, device, max_num_nodes=10)
+    scores = path_scores(parents, (-2 * torch.rand(9, generator=gen)).tolist())
+    tree = select_one(parents, scores, budget, device, max_num_nodes=10)
     kept = {token_id - 10 for token_id in tree.token_ids[1:]}
-    assert kept == best_subset(parents, log_probs, budget)
+    assert kept == best_subset(parents, scores, budget)
 
 
 def test_nodes_are_best_first_and_keep_their_parents(device: torch.device):
     #        root                     root
     #       /    \                   /    \
-    #  0: -2.0   1: -0.1    ->   2: 10     1: 11
+    #  0: -2.0   1: -0.1    ->   3: 10     1: 11
     #     |      /    \          |         |
-    #  2: -0.1  3: -3  4: -1     4: 12     3: 14
-    tree = select_one([-1, -1, 0, 1, 1], [-2.0, -0.1, -0.1, -3.0, -1.0], 4, device)
+    #  2: -2.1  3: -3  4: -1     4: 12     2: 14
+    tree = select_one([-1, -1, 0, 1, 1], [-2.0, -0.1, -2.1, -3.0, -1.0], 4, device)
     assert tree.token_ids == [0, 11, 14, 10, 12]
     assert tree.parents == [-1, 0, 1, 0, 3]
     assert tree.proposers == [0, 101, 104, 100, 102]
     assert tree.draft_tokens == [11, 14, 10, 12, 0, 0, 0]
 
 
-def test_a_likely_child_of_an_unlikely_parent_is_unlikely(device: torch.device):
-    # root -- 0: -5.0 -- 1: -0.1, and 2: -1.0
-    tree = select_one([-1, 0, -1], [-5.0, -0.1, -1.0], 1, device)
-    assert tree.token_ids == [0, 12]
+@pytest.mark.parametrize("claim", [-0.1, 0.0, 3.0, INF])
+def test_a_node_is_worth_no_more_than_its_worst_ancestor(
+    claim: float, device: torch.device
+):
+    # root -- 0: -5.0 -- 1: -4.9 -- 2: claim, and 3: -5.0, and 4: -1.0
+    parents, scores = [-1, 0, 1, -1, -1], [-5.0, -4.9, claim, -5.0, -1.0]
+    tree = select_one(parents, scores, 5, device)
+    assert tree.token_ids == [0, 14, 10, 11, 12, 13]
+    assert tree.parents == [-1, 0, 0, 2, 3, 0]
+    assert select_one(parents, scores, 1, device).token_ids == [0, 14]
+
+
+def test_scores_of_a_path_are_not_added_up(device: torch.device):
+    # root -- 0: -1.0 -- 1: -1.5, and 2: -2.0
+    tree = select_one([-1, 0, -1], [-1.0, -1.5, -2.0], 2, device)
+    assert tree.token_ids == [0, 10, 11]
 
 
 def test_every_prefix_is_a_tree(device: torch.device):
@@ -194,28 +209,29 @@ def test_ties_go_to_the_lower_index(device: torch.device):
 
 
 def test_a_certain_child_follows_its_parent(device: torch.device):
-    # a log-prob of 0, or one too small for float32 to add, ties with the parent
-    log_probs = [-10.0, -1e-9, 0.0, -0.0, -10.0]
-    tree = select_one([-1, 0, 1, 2, -1], log_probs, 5, device)
+    # as likely as the parent, or so nearly that float32 cannot tell, or badly wrong
+    scores = [-10.0, -10.0 - 1e-9, -0.0, 0.0, -10.0]
+    tree = select_one([-1, 0, 1, 2, -1], scores, 5, device)
     assert tree.token_ids == [0, 10, 11, 12, 13, 14]
     assert tree.parents == [-1, 0, 1, 2, 3, 0]
 
 
 def test_rounding_never_lifts_a_child_over_its_parent(device: torch.device):
-    # at this depth float32 rounds every sum
+    # a path's log-probs, each off by an error of its own
     size = 60
     gen = torch.Generator().manual_seed(0)
     log_probs = -torch.rand(size, generator=gen) * 10.0 ** -torch.arange(size).fmod(9)
+    scores = log_probs.cumsum(0) * (1 + 1e-6 * torch.randn(size, generator=gen))
+    assert (scores.diff() > 0).any(), "a child lies above its parent, or this is idle"
     parents = chain_parents(1, size)[0].tolist()
-    tree = select_one(parents, log_probs.tolist(), size, device, max_num_nodes=size + 1)
+    tree = select_one(parents, scores.tolist(), size, device, max_num_nodes=size + 1)
     assert tree.parents == list(range(-1, size))
 
 
-def test_positive_log_probs_count_as_certain(device: torch.device):
-    # 1 must not come before its parent, nor before 2
-    tree = select_one([-1, 0, -1], [-2.0, 5.0, -1.0], 3, device)
-    assert tree.token_ids == [0, 12, 10, 11]
-    assert select_one([-1], [INF], 1, device).token_ids == [0, 10]
+def test_positive_scores_count_as_certain(device: torch.device):
+    # and no more than that: they tie
+    tree = select_one([-1, -1, -1, -1], [0.0, 5.0, -1.0, INF], 4, device)
+    assert tree.token_ids == [0, 10, 11, 13, 12]
 
 
 @pytest.mark.parametrize("bad", [NAN, -INF])
@@ -224,8 +240,8 @@ def test_impossible_nodes_go_with_their_descendants(
     chain_only: bool, bad: float, device: torch.device
 ):
     # root -- 0: bad -- 1 -- 2, and 3 -- 4: bad
-    log_probs = [bad, -0.1, 0.0, -3.0, bad]
-    tree = select_one([-1, 0, 1, -1, 3], log_probs, 5, device, chain_only=chain_only)
+    scores = [bad, -0.1, 0.0, -3.0, bad]
+    tree = select_one([-1, 0, 1, -1, 3], scores, 5, device, chain_only=chain_only)
     assert tree.token_ids == [0, 13]
     assert tree.draft_tokens == [13, 0, 0, 0, 0, 0, 0]
 
@@ -235,22 +251,25 @@ def test_a_chain_takes_the_best_child_from_the_root_on(device: torch.device):
     #           /    \
     #     0: -1.0    1: -0.5
     #     |          /     \
-    #  2: -0.1   3: -2.0   4: -1.5
+    #  2: -1.1   3: -2.5   4: -2.0
     #                        |
     #                      5: -9.0
-    parents, log_probs = [-1, -1, 0, 1, 1, 4], [-1.0, -0.5, -0.1, -2.0, -1.5, -9.0]
-    tree = select_one(parents, log_probs, 7, device, chain_only=True)
+    parents, scores = [-1, -1, 0, 1, 1, 4], [-1.0, -0.5, -1.1, -2.5, -2.0, -9.0]
+    tree = select_one(parents, scores, 7, device, chain_only=True)
     assert tree.token_ids == [0, 11, 14, 15]
     assert tree.parents == [-1, 0, 1, 2]
-    cut = select_one(parents, log_probs, 2, device, chain_only=True)
+    cut = select_one(parents, scores, 2, device, chain_only=True)
     assert cut.token_ids == [0, 11, 14]
 
 
 def test_a_chain_breaks_ties_as_a_tree_does(device: torch.device):
     tree = select_one(
-        [-1, -1, 1, 0], [-1.0, -1.0, -0.1, -5.0], 7, device, chain_only=True
+        [-1, -1, 1, 0], [-1.0, -1.0, -1.1, -5.0], 7, device, chain_only=True
     )
     assert tree.token_ids == [0, 10, 13]
+    # neither child is worth more than its parent
+    tree = select_one([-1, 0, 0], [-2.0, -1.0, -0.5], 7, device, chain_only=True)
+    assert tree.token_ids == [0, 10, 11]
 
 
 @pytest.mark.parametrize(("budget", "num_drafts"), [(-1, 0), (0, 0), (2, 2), (99, 3)])
@@ -275,7 +294,7 @@ def test_a_tree_of_the_root_alone_has_no_drafts(device: torch.device):
 
 def test_candidates_past_the_count_are_ignored(device: torch.device):
     candidates = random_candidates(1, 6, device)
-    candidates.log_probs[0, 3:] = 0.0
+    candidates.scores[0, 3:] = 0.0
     candidates.parents[0, 3:] = -1
     candidates.num_candidates[0] = 3
     for chain_only in (0, 1):
@@ -322,7 +341,7 @@ def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("parents", "token_ids, parents, log_probs and proposers must have one shape"),
+        ("parents", "token_ids, parents, scores and proposers must have one shape"),
         ("num_candidates", "every per-request tensor must have 2 rows"),
     ],
 )

@@ -166,6 +166,46 @@ def make_batch(
     return Batch(requests, arguments, keys, values)
 
 
+def grow(
+    batch: Batch, attention: Any, ends: list[list[int]], **options: Any
+) -> torch.Tensor:
+    """The same rows a few at a time: ``ends`` has, for every step, how many rows each
+    request has behind it. Later keys, masks and depths are poison until their step."""
+    whole = batch.arguments
+    output = whole["output"].clone()
+    starts = whole["query_start_loc"].tolist()
+    begins = [[0] * len(batch.requests), *ends]
+    for begin, end in zip(begins, ends, strict=False):
+        step = {name: tensor.clone() for name, tensor in whole.items()}
+        for name, poison in (
+            ("key_cache", NAN),
+            ("value_cache", NAN),
+            ("depths", STALE),
+            ("masks", STALE),
+        ):
+            step[name].fill_(poison)
+        rows: list[int] = []
+        for req, request in enumerate(batch.requests):
+            rows += range(starts[req] + begin[req], starts[req] + end[req])
+            step["query_start_loc"][req + 1] = len(rows)
+            seq_len = request.num_context + end[req]
+            step["seq_lens"][req] = seq_len
+            num_nodes = max(end[req] - request.num_prefill, 0)
+            step["num_nodes"][req] = num_nodes
+            for name in ("depths", "masks"):
+                step[name][req, :num_nodes] = whole[name][req, :num_nodes]
+            slots = torch.arange(seq_len, device=output.device)
+            block_size = whole["key_cache"].shape[2]
+            blocks = whole["block_table"][req][slots // block_size].long()
+            for name in ("key_cache", "value_cache"):
+                keys = whole[name][blocks, :, slots % block_size]
+                step[name][blocks, :, slots % block_size] = keys
+        step["query"], step["output"] = whole["query"][rows], output[rows]
+        now = Batch(batch.requests, step, batch.keys, batch.values)
+        output[rows] = now.run(attention, **options)
+    return output
+
+
 def naive(batch: Batch, sliding_window: int, soft_cap: float) -> torch.Tensor:
     """One query row, one head, one key at a time, from the parents alone."""
     query = batch.arguments["query"].double().cpu()
@@ -375,6 +415,81 @@ def test_max_query_len_only_sizes_the_tiles(device: torch.device):
     for max_query_len in (1, 4, 16, 1000):
         output = batch.run(tree_attention, max_query_len=max_query_len)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+SMALL_TREES = [
+    Request(37, 0, SMALL_TREE),
+    Request(53, 0, [-1]),  # no tree
+    Request(70, 3, tree(9)),  # the first step has rows before the root
+    Request(0, 5, []),
+    Request(5, 0, chain(12)),
+]
+LARGE_TREES = [
+    Request(40, 0, tree(70)),
+    Request(53, 0, [-1]),
+    Request(9, 0, chain(33)),
+    Request(61, 0, tree(65, seed=1)),
+]
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+@pytest.mark.parametrize("requests", [SMALL_TREES, LARGE_TREES], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("sliding_window", "soft_cap"), [(None, None), (7, None), (45, 0.3), (2, 30.0)]
+)
+def test_a_tree_that_grows_sees_what_it_would_see_in_one_go(
+    sliding_window: int | None,
+    soft_cap: float | None,
+    requests: list[Request],
+    attention: Any,
+    device: torch.device,
+):
+    gen = torch.Generator().manual_seed(0)
+    batch = make_batch(
+        requests, device, group=3, sliding_window=sliding_window or 1 << 20
+    )
+    query_lens = torch.tensor([request.query_len for request in requests])
+    # as good as levels: ancestors come first; a request may have no rows in a step
+    cuts = (torch.rand(3, len(requests), generator=gen) * (query_lens + 1)).long()
+    ends = [*cuts.sort(0).values.tolist(), query_lens.tolist()]
+    options = {"sliding_window": sliding_window, "soft_cap": soft_cap}
+    torch.testing.assert_close(
+        grow(batch, attention, ends, **options),
+        batch.run(reference, **options),
+        rtol=1e-5,
+        atol=2e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_every_node_may_come_on_its_own(attention: Any, device: torch.device):
+    batch = make_batch([Request(30, 0, tree(35))], device, num_kv_heads=1)
+    ends = [[num_rows] for num_rows in range(1, 36)]
+    grown = grow(batch, attention, ends, sliding_window=4)
+    expected = batch.run(reference, sliding_window=4)
+    torch.testing.assert_close(grown, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_the_last_level_finds_its_ancestors_in_the_cache(
+    attention: Any, device: torch.device
+):
+    # SMALL_TREE: of the last level, 3 -- 1 -- 0 and 5 -- 2 -- 0
+    batch = make_batch([Request(20, 0, SMALL_TREE)], device)
+    values = batch.values[0][:, 0]
+    output = grow(batch, attention, [[1], [3], [6]], scale=0.0)
+    for node, path in ((0, [20]), (2, [20, 22]), (3, [20, 21, 23]), (5, [20, 22, 25])):
+        mean = values[[*range(20), *path]].mean(0)
+        torch.testing.assert_close(output[node, 0].cpu(), mean)
+    # a window of two keeps the node and its parent, wherever they are stored
+    output = grow(batch, attention, [[1], [3], [6]], scale=0.0, sliding_window=2)
+    torch.testing.assert_close(output[5, 0].cpu(), values[[22, 25]].mean(0))
 
 
 def widened(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -1,21 +1,19 @@
 """Build: which guesses are worth verifying?
 
 Candidates of all proposers become one tree per request, then the best ancestor-closed
-nodes are kept, best first. A path's score is the sum of its conditional log-probs, so
-scores only fall along a path and a global top-k is closed under ancestors (as in
-SpecExec, arXiv:2406.02532, and OPT-Tree, arXiv:2406.17276).
+nodes are kept, best first. Scores are path log-probabilities, calibrated so that those
+of different proposers compare; they only fall along a path, so a global top-k is closed
+under ancestors (as in SpecExec, arXiv:2406.02532, and OPT-Tree, arXiv:2406.17276).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from vllm_treespec.core.calibrate import Calibration
+from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import Candidates
 from vllm_treespec.core.tree import TreeBuffers
@@ -27,7 +25,7 @@ class MergedCandidates:
 
     token_ids: torch.Tensor  # [max_num_reqs, max_candidates] int32
     parents: torch.Tensor  # [max_num_reqs, max_candidates] int32, -1: the root's child
-    log_probs: torch.Tensor  # [max_num_reqs, max_candidates] float32, given the parent
+    scores: torch.Tensor  # [max_num_reqs, max_candidates] float32, path log-prob
     proposers: torch.Tensor  # [max_num_reqs, max_candidates] int32, bit per proposer
     num_candidates: torch.Tensor  # [max_num_reqs] int32
 
@@ -41,37 +39,14 @@ class MergedCandidates:
         return cls(
             token_ids=empty(torch.int32),
             parents=empty(torch.int32),
-            log_probs=empty(torch.float32),
+            scores=empty(torch.float32),
             proposers=empty(torch.int32),
             num_candidates=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
         )
 
 
-class Upload:
-    """A host array and its device copy, filled anew each step.
-
-    The copy is not waited for. Nothing overwrites the host side too early, because
-    drafting on the host starts by waiting for the device.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        on_cpu = device.type == "cpu"
-        host = torch.zeros(shape, dtype=dtype, pin_memory=not on_cpu)
-        self.np: npt.NDArray[Any] = host.numpy()
-        self._host = host
-        self._device = host if on_cpu else torch.zeros_like(host, device=device)
-
-    def send(self) -> torch.Tensor:
-        """The device side, as large as the host side."""
-        if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
-        return self._device
-
-
 class TreeBuilder:
-    """Turns host candidates into device trees."""
+    """Turns candidates into trees, and learns what each proposer's scores are worth."""
 
     def __init__(
         self,
@@ -85,23 +60,61 @@ class TreeBuilder:
         self._trees = trees
         self._device = device = trees.parents.device
         max_num_reqs = trees.parents.shape[0]
-        shape = (num_proposers, max_num_reqs, max_candidates)
-        self._token_ids = Upload(shape, torch.int32, device)
-        self._parents = Upload(shape, torch.int32, device)
-        self._log_probs = Upload(shape, torch.float32, device)
-        self._counts = Upload(shape[:2], torch.int32, device)
-        self._budgets = Upload(shape[1:2], torch.int32, device)
-        self._chain_only = Upload(shape[1:2], torch.int32, device)
+        # Proposers on the device write here, those on the host through ``upload``.
+        self.candidates = DeviceCandidates.allocate(
+            num_proposers, max_num_reqs, max_candidates, device
+        )
         self._merged = MergedCandidates.allocate(
             max_num_reqs, num_proposers * max_candidates, device
         )
+        self._calibration = Calibration(num_proposers, device)
+        self._labels = torch.zeros(
+            self.candidates.scores.shape, dtype=torch.int8, device=device
+        )
+
+    def upload(self, proposer: int, candidates: Candidates) -> None:
+        """Take what a proposer on the host suggests; the copy is not waited for."""
+        num_reqs, width = candidates.token_ids.shape
+        mine = self.candidates.of(proposer)
+        for source, target in (
+            (candidates.token_ids, mine.token_ids[:num_reqs, :width]),
+            (candidates.parents, mine.parents[:num_reqs, :width]),
+            (candidates.scores, mine.scores[:num_reqs, :width]),
+            (candidates.num_candidates, mine.num_candidates[:num_reqs]),
+        ):
+            host = torch.from_numpy(source)
+            if self._device.type != "cpu":
+                # Pinned anew each step: the last step's copy may still be under way.
+                host = host.pin_memory()
+            target.copy_(host, non_blocking=True)
+
+    def forget(self, proposer: int, num_reqs: int) -> None:
+        """This proposer suggests nothing this step."""
+        self.candidates.num_candidates[proposer, :num_reqs] = 0
+
+    def learn(
+        self,
+        emitted: torch.Tensor,  # [num_rows, max_emitted] int64, rows of the last build
+        num_emitted: torch.Tensor,  # [num_rows] int32, 0: nothing is known of the row
+    ) -> None:
+        """Compare the last step's candidates with what the target said."""
+        rows = slice(num_emitted.shape[0])
+        candidates, labels = self.candidates, self._labels[:, rows]
+        self._kernels.label_candidates(
+            candidates.token_ids[:, rows],
+            candidates.parents[:, rows],
+            candidates.num_candidates[:, rows],
+            emitted,
+            num_emitted,
+            labels,
+        )
+        self._calibration.observe(candidates.scores[:, rows], labels)
 
     def build(
         self,
-        candidates: Sequence[Candidates],  # one per proposer
         slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-        budgets: npt.NDArray[np.int32],  # [num_reqs], nodes to keep, root excluded
-        chain_only: npt.NDArray[np.bool_],  # [num_reqs], keep the best path only
+        budgets: torch.Tensor,  # [num_reqs] int32, nodes to keep, root excluded
+        chain_only: torch.Tensor,  # [num_reqs] int32, 1: keep the best path only
     ) -> torch.Tensor:
         """Replace the slots' trees.
 
@@ -110,19 +123,16 @@ class TreeBuilder:
             excluded; unused columns hold a valid id.
         """
         num_reqs = slots.shape[0]
-        self._fill(candidates)
-        self._budgets.np[:num_reqs] = budgets
-        self._chain_only.np[:num_reqs] = chain_only
         rows = slice(num_reqs)
-        merged, trees = self._merged, self._trees
+        candidates, merged, trees = self.candidates, self._merged, self._trees
         self._kernels.merge_candidates(
-            self._token_ids.send()[:, rows],
-            self._parents.send()[:, rows],
-            self._log_probs.send()[:, rows],
-            self._counts.send()[:, rows],
+            candidates.token_ids[:, rows],
+            candidates.parents[:, rows],
+            self._calibration.apply(candidates.scores[:, rows]),
+            candidates.num_candidates[:, rows],
             merged.token_ids[rows],
             merged.parents[rows],
-            merged.log_probs[rows],
+            merged.scores[rows],
             merged.proposers[rows],
             merged.num_candidates[rows],
         )
@@ -134,11 +144,11 @@ class TreeBuilder:
             slots,
             merged.token_ids[rows],
             merged.parents[rows],
-            merged.log_probs[rows],
+            merged.scores[rows],
             merged.proposers[rows],
             merged.num_candidates[rows],
-            self._budgets.send()[rows],
-            self._chain_only.send()[rows],
+            budgets,
+            chain_only,
             trees.token_ids,
             trees.parents,
             trees.proposers,
@@ -149,11 +159,3 @@ class TreeBuilder:
             slots, trees.parents, trees.num_nodes, trees.depths, trees.masks
         )
         return draft_tokens
-
-    def _fill(self, candidates: Sequence[Candidates]) -> None:
-        for proposer, each in enumerate(candidates):
-            num_reqs, width = each.token_ids.shape
-            self._token_ids.np[proposer, :num_reqs, :width] = each.token_ids
-            self._parents.np[proposer, :num_reqs, :width] = each.parents
-            self._log_probs.np[proposer, :num_reqs, :width] = each.log_probs
-            self._counts.np[proposer, :num_reqs] = each.num_candidates

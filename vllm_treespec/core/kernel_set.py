@@ -22,6 +22,7 @@ class KernelSet:
     compact_kv: Callable[..., None]
     merge_candidates: Callable[..., None]
     select_nodes: Callable[..., None]
+    label_candidates: Callable[..., None]
 
 
 def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+
+def marginal_acceptance(
+    proposers: torch.Tensor,  # [num_reqs, max_num_nodes] int32, per node a bit per one
+    nodes: torch.Tensor,  # [num_reqs, max_num_nodes] int32, accepted path, root first
+    lengths: torch.Tensor,  # [num_reqs] int32, accepted nodes, root excluded
+    num_proposers: int,
+) -> torch.Tensor:  # [num_proposers] int64
+    """Accepted nodes that would have been lost without each proposer.
+
+    A path ends at the first node that nobody else proposed, so what follows is lost
+    with it, whoever else proposed that.
+    """
+    bits = proposers.gather(1, nodes.long())[:, 1:, None]
+    depths = torch.arange(1, nodes.shape[1], device=nodes.device)
+    accepted = (depths <= lengths[:, None])[:, :, None]
+    own = 1 << torch.arange(num_proposers, device=nodes.device, dtype=bits.dtype)
+    by_others = accepted & (bits & ~own != 0)
+    kept = by_others.cumprod(1).sum(1)
+    return (lengths[:, None] - kept).sum(0)
+
 
 def walk(
     token_ids: Sequence[int],  # per node; the root's is not looked at

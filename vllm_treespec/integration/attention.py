@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -20,6 +22,16 @@ from vllm_treespec.core.kernel_set import KernelSet
 # Backends are named by path, because a file of the other platform cannot be imported.
 _CPU = "vllm_treespec.integration.attention_cpu.TreeAttentionBackend"
 _GPU = "vllm_treespec.integration.attention_gpu.TreeAttentionBackend"
+
+
+@dataclass(frozen=True, slots=True)
+class TreeMetadata:
+    """What the tree kernel needs to know about a batch, beside its trees."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32
+    block_table: torch.Tensor  # [num_reqs, max_num_blocks] int32
+    max_query_len: int
 
 
 class TreeForward:
@@ -84,6 +96,20 @@ class TreeForward:
             soft_cap=self._soft_cap,
         )
         return output
+
+
+def bind_layer(name: str, layer: Any, kernels: KernelSet, batch: BatchTrees) -> None:
+    """Let one of a model's attention layers see trees.
+
+    Raises:
+        ConfigError: if it is not plain causal attention.
+    """
+    # Subclasses chunk, cross or sink: their metadata describe no tree.
+    if type(layer) is not Attention or not isinstance(layer.impl, TreeForward):
+        raise ConfigError(
+            f"layer {name} is a {type(layer).__name__}, which does not know trees"
+        )
+    layer.impl.bind(kernels, batch, layer.sliding_window)
 
 
 def _missing_features(impl: Any) -> Iterable[str]:

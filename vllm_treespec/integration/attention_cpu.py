@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
 )
 
-from vllm_treespec.integration.attention import TreeForward
-
-
-@dataclass
-class TreeMetadata:
-    """What the tree kernel reads of vLLM's common attention metadata."""
-
-    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
-    seq_lens: torch.Tensor  # [num_reqs] int32
-    block_table: torch.Tensor  # [num_reqs, max_num_blocks] int32
-    slot_mapping: torch.Tensor  # [num_tokens] int64, -1: padding
-    max_query_len: int
+from vllm_treespec.integration.attention import TreeForward, TreeMetadata
 
 
 class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
@@ -43,7 +31,6 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
             max_query_len=common.max_query_len,
         )
 

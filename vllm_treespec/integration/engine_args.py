@@ -40,6 +40,10 @@ def wrap_create_engine_config(
         with _rewritten(self, config):
             vllm_config = original(self, usage_context, headless)
         refuse_unsupported(vllm_config)
+        # Imported late: vLLM loads plugins before it has read its own configuration.
+        from vllm_treespec.integration.draft_config import apply_draft_models
+
+        apply_draft_models(vllm_config, config)
         return vllm_config
 
     return create_engine_config

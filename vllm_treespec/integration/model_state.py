@@ -49,6 +49,7 @@ class TreeModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         forward_context = self.vllm_config.compilation_config.static_forward_context
+        drafts = self.speculator.draft_attn_layer_names
         caches, tables = [], []
         for group, table, block_size in zip(
             kv_cache_config.kv_cache_groups,
@@ -57,6 +58,8 @@ class TreeModelState(DefaultModelState):
             strict=True,
         ):
             for name in group.layer_names:
+                if name in drafts:
+                    continue  # its accepted tokens are fed again instead
                 cache = forward_context[name].kv_cache
                 if cache.shape[2] != block_size:
                     raise ConfigError(

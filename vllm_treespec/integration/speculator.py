@@ -10,27 +10,29 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_treespec.config import ConfigError
+from vllm_treespec.config import ConfigError, DraftModelConfig
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
+from vllm_treespec.core.feedback import Feedback
 from vllm_treespec.core.history import TokenHistory
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose import DecodeStep
 from vllm_treespec.core.propose.factory import make_proposers
 from vllm_treespec.core.propose.pool import ProposerPool
-from vllm_treespec.core.schedule import num_useful_drafts
+from vllm_treespec.core.schedule import num_offered
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
-from vllm_treespec.integration.attention import TreeForward
+from vllm_treespec.integration.attention import bind_layer
+from vllm_treespec.integration.draft_model import DraftModel
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.integration.worth import Worth
 
 
 class TreeSpeculator(DraftModelSpeculator):
@@ -57,27 +59,53 @@ class TreeSpeculator(DraftModelSpeculator):
         self.trees = TreeBuffers.allocate(max_num_reqs, max_num_nodes, device)
         self.batch = BatchTrees.allocate(max_num_reqs, max_num_nodes, device)
         self.paths = AcceptedPaths.allocate(max_num_reqs, max_num_nodes, device)
-        vocab_size = vllm_config.model_config.get_vocab_size()
-        # One rank drafts for all: ranks whose trees differ would verify garbage.
-        self._ranks = get_tp_group()
-        self.pool = ProposerPool(
-            make_proposers(config, max_num_reqs=max_num_reqs)
-            if self._ranks.is_first_rank
-            else [],
-            max_candidates=config.num_speculative_tokens,
-            vocab_size=vocab_size,
-        )
         self.builder = TreeBuilder(
             self.kernels,
             self.trees,
             num_proposers=len(config.proposers),
             max_candidates=config.num_speculative_tokens,
         )
+        # One rank drafts on the host for all: ranks whose trees differ would verify
+        # garbage. Draft models run on every rank, as vLLM's own do.
+        self._ranks = get_tp_group()
+        self._hosted = [
+            index
+            for index, each in enumerate(config.proposers)
+            if not isinstance(each, DraftModelConfig)
+        ]
+        self.pool = ProposerPool(
+            make_proposers(config, max_num_reqs=max_num_reqs)
+            if self._hosted and self._ranks.is_first_rank
+            else [],
+            max_candidates=config.num_speculative_tokens,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+        )
+        self.drafts = {
+            index: DraftModel(
+                each,
+                vllm_config,
+                max_accepted=config.max_depth,
+                prefix=f"draft_model_{index}",
+                req_states=req_states,
+                out=self.builder.candidates.of(index),
+                device=device,
+            )
+            for index, each in enumerate(config.proposers)
+            if isinstance(each, DraftModelConfig)
+        }
+        self._names = config.proposer_names
+        self._worth = Worth(
+            len(config.proposers),
+            adaptive=config.adaptive,
+            ranks=self._ranks,
+            device=device,
+        )
+        self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
         self.history = TokenHistory.allocate(
             max_num_reqs, vllm_config.model_config.max_model_len
         )
         self.has_custom_processors = False  # until the sampler is made
-        self._chain_only = np.zeros(max_num_reqs, dtype=np.bool_)
+        self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
 
@@ -109,23 +137,25 @@ class TreeSpeculator(DraftModelSpeculator):
             AttentionLayerBase,
         )
         for name, layer in layers.items():
-            # Subclasses chunk, cross or sink: their metadata describe no tree.
-            if type(layer) is not Attention or not isinstance(layer.impl, TreeForward):
-                raise ConfigError(
-                    f"layer {name} is a {type(layer).__name__}, "
-                    "which does not know trees"
-                )
-            layer.impl.bind(self.kernels, self.batch, layer.sliding_window)
+            bind_layer(name, layer, self.kernels, self.batch)
+        for draft in self.drafts.values():
+            draft.load(self.kernels)
+            self.draft_attn_layer_names |= draft.layer_names
         target_model.get_model_state_cls = lambda: TreeModelState.bound_to(self)  # type: ignore[assignment]
 
-    def set_attn(self, *args: Any) -> None:
-        """No draft layers, so no draft attention metadata."""
+    def set_attn(
+        self, model_state: Any, kv_cache_config: Any, block_tables: Any, *args: Any
+    ) -> None:
+        for draft in self.drafts.values():
+            draft.set_cache(kv_cache_config, block_tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Drafting runs on the host, outside CUDA graphs."""
+        """Draft models keep their own graphs, see ``capture``."""
 
     def capture(self) -> None:
-        """See ``init_cudagraph_manager``."""
+        """vLLM captures its graphs now, so draft models do as well."""
+        for draft in self.drafts.values():
+            draft.capture()
 
     def observe_verification(self, *args: Any) -> None:
         """vLLM's acceptance estimator serves adaptive verification, which is off."""
@@ -135,15 +165,17 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         self._slots[req_id] = slot
         self.trees.reset(slot)
+        self._feedback.forget(slot)
         reason = chain_reason(sampling_params, self.has_custom_processors)
         self._chain_only[slot] = reason is not None
-        self.pool.settle()
-        self.pool.add_request(slot)
-        self.history.start(slot, token_ids)
+        if self._hosted:
+            self.pool.settle()
+            self.pool.add_request(slot)
+            self.history.start(slot, token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
-        if slot is not None:
+        if slot is not None and self._hosted:
             self.pool.remove_request(slot)
 
     @torch.inference_mode()
@@ -168,44 +200,107 @@ class TreeSpeculator(DraftModelSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         num_reqs = input_batch.num_reqs
-        num_nodes = self.num_speculative_steps
         if dummy_run:
             if is_profile:
-                self._show_logits_to_profiler()
+                self._show_memory_to_profiler(input_batch.num_tokens)
             return torch.zeros(
-                num_reqs, num_nodes, dtype=torch.int64, device=self.device
+                num_reqs,
+                self.num_speculative_steps,
+                dtype=torch.int64,
+                device=self.device,
             )
-        slots_np = input_batch.idx_mapping_np.astype(np.int32)
-        counts = self._append_sampled(input_batch.idx_mapping, slots_np, num_sampled)
-        step = DecodeStep(slots_np, self.history.token_ids, self.history.num_tokens)
         if num_speculative_tokens is None:
-            num_speculative_tokens = num_nodes
+            num_speculative_tokens = self.num_speculative_steps
+        slots = input_batch.idx_mapping[:num_reqs]
+        self._learn(input_batch, slots)
+        sampled = self._send_sampled(slots, num_sampled) if self._hosted else None
+        offered = self._draft_on_device(
+            input_batch, num_sampled, num_speculative_tokens
+        )
+        if sampled is not None:
+            offered += self._draft_on_host(input_batch, *sampled)
         # A request still in its prefill has no newest token to continue.
-        budgets = np.where(counts > 0, num_speculative_tokens, 0).astype(np.int32)
-        candidates = self.pool.propose(step)
+        budgets = torch.where(num_sampled > 0, num_speculative_tokens, 0).int()
+        slots_np = input_batch.idx_mapping_np
+        self._num_drafts[slots_np] = np.minimum(offered, num_speculative_tokens)
+        draft_tokens = self.builder.build(slots, budgets, self._chain_only[slots])
+        self._feedback.remember(slots, self.req_states.total_len.gpu)
+        self._worth.end_step()
+        if sampled is not None:
+            self.pool.learn(self._host_step(input_batch))
+        return draft_tokens
+
+    def _learn(self, input_batch: Any, slots: torch.Tensor) -> None:
+        """Compare what the target said with the last trees, and with what was drafted."""
+        states = self.req_states
+        self._worth.stopwatch.step()
+        if input_batch.num_draft_tokens:  # else the paths are those of an older step
+            self._worth.observe(self.trees, self.paths, slots)
+        self.builder.learn(
+            *self._feedback.emitted(states.all_token_ids.gpu, states.total_len.gpu)
+        )
+
+    def _draft_on_device(
+        self, input_batch: Any, num_sampled: torch.Tensor, num_nodes: int
+    ) -> int:
+        """Let the draft models catch up, and grow trees; returns nodes offered to each
+        request at most."""
+        num_reqs, offered = input_batch.num_reqs, 0
+        for index, draft in self.drafts.items():
+            with self._worth.stopwatch.measure(index):
+                draft.catch_up(input_batch, num_sampled)
+                if self._worth.drafting[index] and num_nodes > 0:
+                    draft.propose(num_reqs)
+                    offered += draft.grower.num_candidates
+                else:
+                    self.builder.forget(index, num_reqs)
+        return offered
+
+    def _draft_on_host(
+        self,
+        input_batch: Any,
+        sampled: torch.Tensor,  # [num_reqs, 1 + max_new] int32, see _send_sampled
+        arrived: torch.cuda.Event | None,
+    ) -> npt.NDArray[np.int32]:
+        """Ask the proposers on the host; returns nodes offered to each request."""
+        if arrived is not None:
+            arrived.synchronize()
+        host = sampled.numpy()
+        counts = host[:, 0]
+        self.pool.settle()
+        self.history.append(input_batch.idx_mapping_np, host[:, 1:], counts)
+        drafting = [self._worth.drafting[index] for index in self._hosted]
+        candidates = self.pool.propose(self._host_step(input_batch), drafting)
         if self._ranks.world_size > 1:
             candidates = self._ranks.broadcast_object(candidates, src=0)
-        self._num_drafts[slots_np] = num_useful_drafts(candidates, budgets)
-        draft_tokens = self.builder.build(
-            candidates, input_batch.idx_mapping, budgets, self._chain_only[slots_np]
+        for index, each in zip(self._hosted, candidates, strict=True):
+            self.builder.upload(index, each)
+        for index, seconds in zip(self._hosted, self.pool.seconds, strict=False):
+            self._worth.stopwatch.add(index, seconds)  # known to the first rank only
+        return np.where(counts > 0, num_offered(candidates), 0)
+
+    def _host_step(self, input_batch: Any) -> DecodeStep:
+        return DecodeStep(
+            input_batch.idx_mapping_np.astype(np.int32),
+            self.history.token_ids,
+            self.history.num_tokens,
         )
-        self.pool.learn(step)
-        return draft_tokens
 
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""
         slot = self._slots.get(req_id)
         return 0 if slot is None else int(self._num_drafts[slot])
 
-    def _append_sampled(
+    def _send_sampled(
         self,
         slots: torch.Tensor,  # [num_reqs] int64
-        slots_np: npt.NDArray[np.int32],
         num_sampled: torch.Tensor,  # [num_reqs] int32
-    ) -> npt.NDArray[np.int32]:
-        """Bring the history up to date; returns tokens sampled per row.
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying the new tokens to the host, ahead of the draft models' work.
 
-        Model-free drafting happens on the host, so this waits for the device once.
+        Returns:
+            ``[num_reqs, 1 + max_new]`` int32, the number of new tokens and the tokens,
+            and the event after which they are there.
         """
         states = self.req_states
         token_ids = states.all_token_ids.gpu
@@ -213,11 +308,20 @@ class TreeSpeculator(DraftModelSpeculator):
         first = states.total_len.gpu[slots] - num_sampled
         columns = (first[:, None] + columns).clamp_(max=token_ids.shape[1] - 1)
         newest = token_ids[slots[:, None], columns]
-        host = torch.cat([num_sampled[:, None], newest], dim=1).cpu().numpy()
-        counts, sampled = host[:, 0], host[:, 1:]
-        self.pool.settle()
-        self.history.append(slots_np, sampled, counts)
-        return counts
+        sampled = torch.cat([num_sampled[:, None], newest], dim=1)
+        if self.device.type == "cpu":
+            return sampled, None
+        host = torch.empty_like(sampled, device="cpu", pin_memory=True)
+        host.copy_(sampled, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host, arrived
+
+    def _show_memory_to_profiler(self, num_tokens: int) -> None:
+        """Claim what verification and drafting will, so that the KV cache leaves room."""
+        self._show_logits_to_profiler()
+        for draft in self.drafts.values():
+            draft.profile(num_tokens)
 
     def _show_logits_to_profiler(self) -> None:
         """Claim what verification will, so that the KV cache leaves room for it."""
@@ -236,11 +340,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 "token_ids": self.trees.token_ids[slot, :count].tolist(),
                 "parents": self.trees.parents[slot, :count].tolist(),
                 "proposers": [
-                    [
-                        name
-                        for index, name in enumerate(self.pool.names)
-                        if bit >> index & 1
-                    ]
+                    [name for index, name in enumerate(self._names) if bit >> index & 1]
                     for bit in bits
                 ],
             }

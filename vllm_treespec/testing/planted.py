@@ -46,16 +46,16 @@ class PlantedProposer:
         shape = (num_reqs, self._max_nodes)
         token_ids = np.zeros(shape, dtype=np.int32)
         parents = np.zeros(shape, dtype=np.int32)
-        log_probs = np.zeros(shape, dtype=np.float32)
+        scores = np.zeros(shape, dtype=np.float32)
         counts = np.zeros(num_reqs, dtype=np.int32)
         for row, slot in enumerate(step.slots):
             history = step.token_ids[slot, : step.num_tokens[slot]].tolist()
             tree = self._plant(self._continuation(history))
             counts[row] = len(tree)
-            for node, (parent, token, log_prob) in enumerate(tree):
+            for node, (parent, token, score) in enumerate(tree):
                 parents[row, node], token_ids[row, node] = parent, token
-                log_probs[row, node] = log_prob
-        return Candidates(token_ids, parents, log_probs, counts)
+                scores[row, node] = score
+        return Candidates(token_ids, parents, scores, counts)
 
     def _continuation(self, history: list[int]) -> list[int]:
         for truth in self._truths:
@@ -64,7 +64,7 @@ class PlantedProposer:
         return []
 
     def _plant(self, truth: list[int]) -> list[tuple[int, int, float]]:
-        """(parent, token, log-prob) of every node, parents first, -1 for the root."""
+        """(parent, token, score) of every node, parents first, -1 for the root."""
         rng = self._random
         size = rng.randint(1, self._max_nodes)
         parents = [rng.randint(max(-1, node - 4), node - 1) for node in range(size)]
@@ -86,6 +86,7 @@ class PlantedProposer:
                     del on_truth[node]
                     path_end = parent
             used.add((parent, token))
-            tree.append((parent, token, -rng.random()))
+            score = tree[parent][2] if parent >= 0 else 0.0
+            tree.append((parent, token, score - rng.random()))
         self.num_planted += path_end != -1
         return tree

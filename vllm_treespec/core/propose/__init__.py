@@ -22,12 +22,13 @@ class DecodeStep:
 class Candidates:
     """A proposer's guesses, before anyone decides which ones are worth verifying.
 
-    One tree per batch row, parents before children, no two siblings alike.
+    One tree per batch row, parents before children, no two siblings alike and no score
+    above its parent's, so that scores of one proposer compare wherever they are.
     """
 
     token_ids: npt.NDArray[np.int32]  # [num_reqs, max_candidates]
     parents: npt.NDArray[np.int32]  # [num_reqs, max_candidates], -1: child of the root
-    log_probs: npt.NDArray[np.float32]  # [num_reqs, max_candidates], given the parent
+    scores: npt.NDArray[np.float32]  # [num_reqs, max_candidates], log-prob of the path
     num_candidates: npt.NDArray[np.int32]  # [num_reqs], columns past it are stale
 
     @classmethod
@@ -37,7 +38,7 @@ class Candidates:
         return cls(
             token_ids=np.zeros(shape, np.int32),
             parents=np.full(shape, -1, np.int32),
-            log_probs=np.zeros(shape, np.float32),
+            scores=np.zeros(shape, np.float32),
             num_candidates=np.zeros(num_reqs, np.int32),
         )
 

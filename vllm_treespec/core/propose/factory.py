@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from vllm_treespec.config import NgramConfig, SuffixConfig, TreeSpecConfig
+import torch
+
+from vllm_treespec.config import (
+    DraftModelConfig,
+    NgramConfig,
+    SuffixConfig,
+    TreeSpecConfig,
+)
 from vllm_treespec.core.propose import Proposer
+from vllm_treespec.core.propose.sequoia import optimal_template
+from vllm_treespec.core.propose.shapes import BestFirst, FixedShape, Shape
+from vllm_treespec.core.propose.template import TreeTemplate
 
 
 def make_proposers(config: TreeSpecConfig, *, max_num_reqs: int) -> list[Proposer]:
-    """One proposer per entry of ``tree.proposers``, in that order."""
+    """One per entry of ``tree.proposers`` that drafts on the host, in that order."""
     return [
         _make(each, max_num_reqs, config.num_speculative_tokens)
         for each in config.proposers
+        if not isinstance(each, DraftModelConfig)
     ]
+
+
+def make_shape(config: DraftModelConfig, max_nodes: int, device: torch.device) -> Shape:
+    """How a draft model grows trees of which ``max_nodes`` nodes are verified."""
+    if config.shape == "static":
+        return FixedShape(TreeTemplate.from_branching(config.branching), device)
+    if config.shape == "sequoia":
+        template = optimal_template(config.acceptance, max_nodes, config.depth)
+        return FixedShape(template, device)
+    return BestFirst.of(
+        depth=config.depth,
+        width=config.width,
+        num_children=config.top_k,
+        device=device,
+    )
 
 
 def _make(

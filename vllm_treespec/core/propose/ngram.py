@@ -69,7 +69,7 @@ class NgramProposer:
             np.float32(np.exp(self.min_log_prob)),
             candidates.token_ids,
             candidates.parents,
-            candidates.log_probs,
+            candidates.scores,
             candidates.num_candidates,
         )
         return candidates
@@ -100,7 +100,7 @@ def _propose(
     min_prob: np.float32,
     out_token_ids: npt.NDArray[np.int32],
     out_parents: npt.NDArray[np.int32],
-    out_log_probs: npt.NDArray[np.float32],
+    out_scores: npt.NDArray[np.float32],
     out_num: npt.NDArray[np.int32],
 ) -> None:
     places = np.empty(max_n * MATCHES_PER_LENGTH, np.int64)
@@ -117,7 +117,7 @@ def _propose(
             min_prob,
             out_token_ids[row],
             out_parents[row],
-            out_log_probs[row],
+            out_scores[row],
         )
 
 
@@ -201,7 +201,7 @@ def _grow_tree(
     min_prob: np.float32,
     node_tokens: npt.NDArray[np.int32],
     node_parents: npt.NDArray[np.int32],
-    node_log_probs: npt.NDArray[np.float32],
+    node_scores: npt.NDArray[np.float32],
 ) -> int:
     """Take the likeliest continuation until the tree is full; return its size.
 
@@ -264,5 +264,5 @@ def _grow_tree(
         num_open -= 1
         node_tokens[num_nodes] = offer_tokens[taken]
         node_parents[num_nodes] = offer_parents[taken]
-        node_log_probs[num_nodes] = np.log(offer_probs[taken])
+        node_scores[num_nodes] = np.log(score)
         num_nodes += 1

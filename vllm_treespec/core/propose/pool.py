@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ class ProposerPool:
     ) -> None:
         self.names = [proposer.name for proposer in proposers]
         self._proposers: list[Proposer | None] = list(proposers)
+        self.seconds = [0.0] * len(proposers)  # of the last ``propose``
         self._max_candidates = max_candidates
         self._vocab_size = vocab_size
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="treespec-learn")
@@ -46,17 +48,25 @@ class ProposerPool:
             except Exception:  # see add_request
                 self._dismiss(index)
 
-    def propose(self, step: DecodeStep) -> list[Candidates]:
-        """Candidates of every proposer, empty ones from those dismissed."""
+    def propose(
+        self, step: DecodeStep, drafting: Sequence[bool] | None = None
+    ) -> list[Candidates]:
+        """Candidates of every proposer, empty ones from those that are not ``drafting``
+        or were dismissed. ``seconds`` then says how long each took."""
         self.settle()
         results = [Candidates.allocate(len(step.slots), 0)] * len(self._proposers)
+        self.seconds = [0.0] * len(self._proposers)
         for index, proposer in self._active():
+            if drafting is not None and not drafting[index]:
+                continue
+            start = time.perf_counter()
             try:
                 candidates = proposer.propose(step)
                 self._check(candidates, len(step.slots))
                 results[index] = candidates
             except Exception:  # see add_request
                 self._dismiss(index)
+            self.seconds[index] = time.perf_counter() - start
         return results
 
     def learn(self, step: DecodeStep) -> None:
@@ -116,3 +126,11 @@ class ProposerPool:
             raise ValueError("a candidate's parent must precede it")
         if np.any(used & ((token_ids < 0) | (token_ids >= self._vocab_size))):
             raise ValueError(f"a candidate is outside [0, {self._vocab_size})")
+        has_parent = used & (parents >= 0)
+        parent_scores = np.take_along_axis(
+            candidates.scores, np.where(has_parent, parents, 0), axis=1
+        )
+        bounds = np.where(has_parent, parent_scores, 0.0)
+        # not scores > bounds, which would let NaN pass
+        if np.any(used & ~(candidates.scores <= bounds)):
+            raise ValueError("a candidate's score must be at most its parent's, and 0")

@@ -23,7 +23,7 @@ class SuffixProposer:
 
     The idea is SuffixDecoding's (arXiv 2411.04975); the model is not a suffix tree but
     prediction by partial matching over hashed contexts (``suffix_index``), so that
-    every drafted node draws on all shorter contexts too and ``log_probs`` are measured
+    every drafted node draws on all shorter contexts too and ``scores`` are measured
     frequencies. Memory is bounded by construction: 192 bytes per cached token
     (``BYTES_PER_TOKEN``). Token ids must be below 2 ** 24.
     """
@@ -109,7 +109,7 @@ class SuffixProposer:
             self.max_depth,
             candidates.token_ids,
             candidates.parents,
-            candidates.log_probs,
+            candidates.scores,
             candidates.num_candidates,
         )
         return candidates

@@ -179,7 +179,7 @@ def grow_tree(
     max_depth: int,
     token_ids: npt.NDArray[np.int32],
     parents: npt.NDArray[np.int32],
-    log_probs: npt.NDArray[np.float32],
+    path_scores: npt.NDArray[np.float32],
 ) -> int:
     """Fill one row of candidates and return how many there are.
 
@@ -212,7 +212,7 @@ def grow_tree(
             parent = offers[item, NODE]
             token_ids[num_taken] = offers[item, TOKEN]
             parents[num_taken] = parent - 1
-            log_probs[num_taken] = np.log(shares[item])
+            path_scores[num_taken] = np.log(score)
             num_taken += 1
             if nodes[parent, DEPTH] + 1 < max_depth:
                 token = offers[item, TOKEN]
@@ -273,7 +273,7 @@ def grow_trees(
     max_depth: int,
     out_token_ids: npt.NDArray[np.int32],
     out_parents: npt.NDArray[np.int32],
-    out_log_probs: npt.NDArray[np.float32],
+    out_scores: npt.NDArray[np.float32],
     out_num_candidates: npt.NDArray[np.int32],
 ) -> None:
     for row in range(slots.shape[0]):
@@ -290,5 +290,5 @@ def grow_trees(
             max_depth,
             out_token_ids[row],
             out_parents[row],
-            out_log_probs[row],
+            out_scores[row],
         )

@@ -1,0 +1,217 @@
+"""Trees of a toy model whose next token depends on the whole path, read from the mask."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vllm_treespec.core.candidates import DeviceCandidates
+from vllm_treespec.core.propose.draft_tree import TreeGrower
+from vllm_treespec.core.propose.shapes import BestFirst, FixedShape
+from vllm_treespec.core.propose.template import TreeTemplate
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 23
+
+
+def toy_logits(req, path):
+    """Any function of the request and the path will do."""
+    digest = hashlib.sha256(repr((req, path)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return 2 * torch.randn(VOCAB_SIZE, generator=generator)
+
+
+class ToyModel:
+    """Sees of a node what tree attention would: its ancestors, by the mask."""
+
+    def __init__(self, grower, num_reqs):
+        self.grower = grower
+        self.tokens = [{} for _ in range(num_reqs)]  # node -> token
+        self.frontiers = []
+
+    def first_logits(self):
+        return torch.stack([toy_logits(req, ()) for req in range(len(self.tokens))])
+
+    def __call__(self, frontier):
+        self.frontiers.append(frontier)
+        batch, rows = self.grower.batch, []
+        for req, token_ids in enumerate(frontier.token_ids.tolist()):
+            for row, token in enumerate(token_ids):
+                node = frontier.first_node + row
+                self.tokens[req][node] = token
+                seen = [
+                    other
+                    for other in range(self.grower.max_num_nodes)
+                    if int(batch.masks[req, node, other // 32]) >> other % 32 & 1
+                ]
+                assert seen[0] == 0 and seen[-1] == node
+                assert int(batch.depths[req, node]) == frontier.depth == len(seen) - 1
+                rows.append(
+                    toy_logits(req, tuple(self.tokens[req][n] for n in seen[1:]))
+                )
+            assert int(batch.num_nodes[req]) == frontier.first_node + len(token_ids)
+        return torch.stack(rows)
+
+
+def grow(shape, num_reqs=3, max_candidates=64, roots=None, max_len=1000, active=None):
+    grower = TreeGrower(shape, num_reqs + 1, CPU)
+    model = ToyModel(grower, num_reqs)
+    out = DeviceCandidates.allocate(1, num_reqs + 1, max_candidates, CPU).of(0)
+    grower.grow(
+        model.first_logits(),
+        torch.full((num_reqs,), 7, dtype=torch.int32) if roots is None else roots,
+        max_len,
+        torch.ones(num_reqs, dtype=torch.bool) if active is None else active,
+        model,
+        out,
+    )
+    return out, model
+
+
+def paths_of(out, req):
+    """(path, score) of a request's candidates in their order."""
+    paths = []
+    for node in range(int(out.num_candidates[req])):
+        parent = int(out.parents[req, node])
+        assert parent < node
+        above = paths[parent][0] if parent >= 0 else ()
+        paths.append(
+            ((*above, int(out.token_ids[req, node])), float(out.scores[req, node]))
+        )
+    return paths
+
+
+def score_of(req, path):
+    return sum(
+        float(toy_logits(req, path[:place]).log_softmax(-1)[token])
+        for place, token in enumerate(path)
+    )
+
+
+def children_of(req, path, count):
+    return [
+        (*path, token) for token in toy_logits(req, path).topk(count).indices.tolist()
+    ]
+
+
+def level_beam(req, depth, width, num_children):
+    """The best-first tree, spelled out."""
+    frontier, pool = [()], []
+    for _ in range(depth):
+        children = [
+            child for path in frontier for child in children_of(req, path, num_children)
+        ]
+        pool += children
+        frontier = sorted(children, key=lambda path: -score_of(req, path))[:width]
+    return sorted(pool, key=lambda path: -score_of(req, path))
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "num_children", "max_candidates"),
+    [(1, 1, 1, 8), (4, 1, 1, 8), (3, 4, 3, 10), (4, 3, 5, 200), (5, 9, 2, 33)],
+)
+def test_best_first_expands_the_best_paths_of_each_level(
+    depth, width, num_children, max_candidates
+):
+    shape = BestFirst.of(
+        depth=depth, width=width, num_children=num_children, device=CPU
+    )
+    out, _ = grow(shape, max_candidates=max_candidates)
+    for req in range(3):
+        expected = level_beam(req, depth, width, num_children)[:max_candidates]
+        found = paths_of(out, req)
+        assert [path for path, _ in found] == expected
+        for path, score in found:
+            assert math.isclose(score, score_of(req, path), abs_tol=1e-4)
+
+
+def test_a_tree_of_more_than_32_nodes_sees_its_ancestors_in_every_word():
+    shape = BestFirst.of(depth=5, width=14, num_children=14, device=CPU)
+    out, model = grow(shape, max_candidates=500)
+    assert model.grower.batch.masks.shape[2] == 2
+    for req in range(3):
+        expected = level_beam(req, 5, 14, 14)[:500]
+        assert [path for path, _ in paths_of(out, req)] == expected
+
+
+def test_a_fixed_shape_draws_its_children_by_rank():
+    #      root -> rank 0 -> ranks 0 and 2; rank 1 -> nothing; rank 3 -> rank 0 -> rank 1
+    template = TreeTemplate(
+        parents=(-1, -1, -1, -1, 0, 0, 0, 3, 7, 7), ranks=(0, 1, 2, 3, 0, 1, 2, 0, 0, 1)
+    )
+    out, model = grow(FixedShape(template, CPU))
+    for req in range(3):
+        top = children_of(req, (), 4)
+        second = [*children_of(req, top[0], 3), *children_of(req, top[3], 1)]
+        expected = {*top, *second, *children_of(req, second[3], 2)}
+        assert {path for path, _ in paths_of(out, req)} == expected
+    assert [each.token_ids.shape[1] for each in model.frontiers] == [2, 1]
+
+
+def test_branching_gives_every_node_of_a_level_as_many_children():
+    template = TreeTemplate.from_branching([3, 2, 1])
+    out, _ = grow(FixedShape(template, CPU))
+    lengths = [len(path) for path, _ in paths_of(out, 0)]
+    assert sorted(lengths) == [1] * 3 + [2] * 6 + [3] * 6
+
+
+def test_levels_without_room_in_the_cache_are_not_drafted():
+    shape = BestFirst.of(depth=4, width=2, num_children=3, device=CPU)
+    # A level needs the root's place, then two more per level: 1, 3, 5, 7.
+    roots = torch.tensor([93, 94, 95, 98, 99, 100], dtype=torch.int32)
+    out, model = grow(shape, num_reqs=6, roots=roots, max_len=100)
+    depths = [
+        max((len(p) for p, _ in paths_of(out, req)), default=0) for req in range(6)
+    ]
+    assert depths == [4, 3, 3, 1, 1, 0]
+    in_range = [each.in_range.tolist() for each in model.frontiers]
+    assert in_range == [
+        [True, True, True, False, False, False],
+        [True, True, True, False, False, False],
+        [True, False, False, False, False, False],
+    ]
+
+
+def test_an_inactive_request_gets_no_candidates():
+    shape = BestFirst.of(depth=3, width=2, num_children=2, device=CPU)
+    out, model = grow(shape, active=torch.tensor([True, False, True]))
+    assert (out.num_candidates[:3] > 0).tolist() == [True, False, True]
+    assert not any(bool(each.in_range[1]) for each in model.frontiers)
+
+
+def test_a_draft_that_says_nonsense_loses_its_candidates_only():
+    shape = BestFirst.of(depth=2, width=2, num_children=2, device=CPU)
+    grower = TreeGrower(shape, 2, CPU)
+    out = DeviceCandidates.allocate(1, 2, 8, CPU).of(0)
+    logits = torch.stack([toy_logits(0, ()), torch.full((VOCAB_SIZE,), torch.nan)])
+    grower.grow(
+        logits,
+        torch.zeros(2, dtype=torch.int32),
+        100,
+        torch.ones(2, dtype=torch.bool),
+        lambda frontier: logits.repeat_interleave(frontier.token_ids.shape[1], 0),
+        out,
+    )
+    assert out.num_candidates.tolist() == [6, 0]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_growing_never_asks_what_is_on_the_device(fixed):
+    """Fake tensors have no values: reading one raises."""
+    with FakeTensorMode():
+        if fixed:
+            shape = FixedShape(TreeTemplate.from_branching([3, 2, 2]), CPU)
+        else:
+            shape = BestFirst.of(depth=4, width=5, num_children=3, device=CPU)
+        grower = TreeGrower(shape, 4, CPU)
+        out = DeviceCandidates.allocate(1, 4, 16, CPU).of(0)
+        grower.grow(
+            torch.randn(3, VOCAB_SIZE),
+            torch.zeros(3, dtype=torch.int32),
+            100,
+            torch.ones(3, dtype=torch.bool),
+            lambda frontier: torch.randn(frontier.token_ids.numel(), VOCAB_SIZE),
+            out,
+        )

@@ -1,0 +1,99 @@
+"""Which nodes of a draft tree are expanded, level by level, in static shapes.
+
+A level's *rows* are the nodes that the draft model runs on: the root at level 0, the
+frontier later. Each row draws its most likely children, *kept* ones become candidates,
+and some of those are the next level's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_treespec.core.propose.template import TreeTemplate
+
+
+class Shape(Protocol):
+    """How a draft tree grows. Every number is known before the first step."""
+
+    num_rows: tuple[int, ...]  # per level, rows that the draft model runs on
+    num_children: tuple[int, ...]  # per level, children drawn for each row
+
+    def kept(self, level: int) -> torch.Tensor:
+        """Children that become candidates: ``[num_kept]`` int64 into the level's
+        ``num_rows * num_children`` children, row by row, likeliest first."""
+
+    def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
+        """The next level's rows among the kept children.
+
+        Args:
+            scores: ``[num_reqs, num_kept]`` float32, log-probability of the path.
+
+        Returns:
+            ``[num_reqs, num_rows[level + 1]]`` int64 into the kept children.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class BestFirst:
+    """Expands the likeliest paths of every level (EAGLE-2, arXiv:2406.16858; OPT-Tree,
+    arXiv:2406.17276; SpecExec, arXiv:2406.02532, for a global pool)."""
+
+    num_rows: tuple[int, ...]
+    num_children: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, *, depth: int, width: int, num_children: int, device: torch.device
+    ) -> BestFirst:
+        rows = [1]
+        while len(rows) < depth:
+            rows.append(min(width, rows[-1] * num_children))
+        return cls(tuple(rows), (num_children,) * depth, device)
+
+    def kept(self, level: int) -> torch.Tensor:
+        count = self.num_rows[level] * self.num_children[level]
+        return torch.arange(count, device=self.device)
+
+    def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
+        return scores.topk(self.num_rows[level + 1], dim=1).indices
+
+
+class FixedShape:
+    """Grows the same tree every step, whatever the draft model's probabilities."""
+
+    def __init__(self, template: TreeTemplate, device: torch.device) -> None:
+        nodes_at: list[list[int]] = [[] for _ in range(template.depth)]
+        for node, depth in enumerate(template.depths):
+            nodes_at[depth - 1].append(node)
+        has_children = set(template.parents)
+        rows = [-1]  # nodes, -1: the root
+        num_rows, num_children = [], []
+        self._kept: list[torch.Tensor] = []
+        self._next_rows: list[torch.Tensor] = []
+        for nodes in nodes_at:
+            drawn = 1 + max(template.ranks[node] for node in nodes)
+            row_of = {node: row for row, node in enumerate(rows)}
+            kept = [
+                row_of[template.parents[node]] * drawn + template.ranks[node]
+                for node in nodes
+            ]
+            expanded = [
+                place for place, node in enumerate(nodes) if node in has_children
+            ]
+            num_rows.append(len(rows))
+            num_children.append(drawn)
+            self._kept.append(torch.tensor(kept, device=device))
+            self._next_rows.append(torch.tensor(expanded, device=device))
+            rows = [nodes[place] for place in expanded]
+        self.num_rows = tuple(num_rows)
+        self.num_children = tuple(num_children)
+
+    def kept(self, level: int) -> torch.Tensor:
+        return self._kept[level]
+
+    def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
+        return self._next_rows[level].expand(scores.shape[0], -1)

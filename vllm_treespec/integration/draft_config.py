@@ -1,0 +1,147 @@
+"""What vLLM needs to know about draft models before any of them is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.tokenizers import get_tokenizer
+
+from vllm_treespec.config import ConfigError, DraftModelConfig, TreeSpecConfig
+from vllm_treespec.core.propose.factory import make_shape
+from vllm_treespec.integration.engine_args import from_vllm_config
+
+
+class TreeVllmConfig(VllmConfig):
+    """vLLM's configuration, with room in the KV cache for what drafts write."""
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        return num_lookahead_tokens(from_vllm_config(self))
+
+
+def apply_draft_models(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
+    """Make room for the draft models.
+
+    Raises:
+        ConfigError: naming everything that keeps one of them from running.
+    """
+    if not config.draft_models:
+        return
+    if problems := list(_problems(vllm_config, config)):
+        raise ConfigError(
+            "treespec draft models cannot run:\n  " + "\n  ".join(problems)
+        )
+    # The scheduler and the warm-up of every process ask the configuration itself.
+    vllm_config.__class__ = TreeVllmConfig
+    scheduler = vllm_config.scheduler_config
+    # Drafts are fed the newest token as well, one more for each request.
+    scheduler.max_num_scheduled_tokens = min(
+        scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
+        scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
+    )
+
+
+def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
+    target = vllm_config.model_config
+    scheduler = vllm_config.scheduler_config
+    for draft in config.draft_models:
+        model = draft_model_config(draft, target)
+        if vllm_config.parallel_config.data_parallel_size > 1 and (
+            target.is_moe or model.is_moe
+        ):
+            yield (
+                f"data_parallel_size={vllm_config.parallel_config.data_parallel_size} "
+                "with mixture-of-experts models: ranks would have to draft in step"
+            )
+        num_rows = make_shape(draft, config.num_speculative_tokens, _CPU).num_rows
+        needed = scheduler.max_num_seqs * (max(num_rows) + 1)
+        if needed > scheduler.max_num_batched_tokens:
+            yield (
+                f"{max(num_rows)} nodes a level for max_num_seqs="
+                f"{scheduler.max_num_seqs} requests need max_num_batched_tokens >= "
+                f"{needed}, it is {scheduler.max_num_batched_tokens}; raise it, or lower "
+                "the draft's width or max_num_seqs"
+            )
+        shortest = min(model.max_model_len, target.max_model_len)
+        if sum(num_rows) >= shortest:
+            yield (
+                f"draft_model {draft.model!r} runs on {sum(num_rows)} tree nodes: must "
+                f"be fewer than the {shortest} positions that it and the target have"
+            )
+
+
+_CPU = torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=8)
+def num_lookahead_tokens(config: TreeSpecConfig) -> int:
+    """KV slots that drafting needs behind the tokens scheduled for the target: the
+    newest token's and those of the tree nodes that a draft runs on."""
+    max_nodes = config.num_speculative_tokens
+    return max(
+        sum(make_shape(draft, max_nodes, _CPU).num_rows)
+        for draft in config.draft_models
+    )
+
+
+def draft_model_config(config: DraftModelConfig, target: ModelConfig) -> ModelConfig:
+    """vLLM's configuration of the draft, with whatever it may take from the target.
+
+    Raises:
+        ConfigError: if the checkpoint cannot be a draft of this target.
+    """
+    where = f"draft_model {config.model!r}"
+    try:
+        draft = ModelConfig(
+            model=config.model,
+            runner="draft",
+            tokenizer=target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            trust_remote_code=target.trust_remote_code,
+            dtype=target.dtype if config.dtype == "auto" else config.dtype,  # type: ignore[arg-type]
+            seed=target.seed,
+            revision=config.revision,
+            max_model_len=config.max_model_len,  # type: ignore[arg-type]
+            quantization=config.quantization,
+            enforce_eager=target.enforce_eager,
+            max_logprobs=target.max_logprobs,
+            config_format=target.config_format,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if draft.get_vocab_size() != target.get_vocab_size():
+        _check_same_tokens(where, draft, target)
+    if draft.is_encoder_decoder or draft.is_hybrid or draft.is_attention_free:
+        raise ConfigError(f"{where}: only decoders with attention in every layer draft")
+    if draft.use_mla or draft.uses_mrope:
+        raise ConfigError(f"{where}: MLA and M-RoPE are not supported on trees")
+    return draft
+
+
+def _check_same_tokens(where: str, draft: ModelConfig, target: ModelConfig) -> None:
+    """Models of one family pad one vocabulary to different sizes; others do not fit."""
+    sizes = (
+        f"{where}: {draft.get_vocab_size()} tokens in its vocabulary, the target "
+        f"{target.model!r} has {target.get_vocab_size()}"
+    )
+    try:
+        vocabularies = [
+            get_tokenizer(
+                name, trust_remote_code=target.trust_remote_code, revision=revision
+            ).get_vocab()
+            for name, revision in (
+                (draft.model, draft.revision),
+                (target.tokenizer, target.tokenizer_revision),
+            )
+        ]
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{sizes}, and their tokenizers cannot be compared: {error}"
+        ) from error
+    if vocabularies[0] != vocabularies[1]:
+        raise ConfigError(
+            f"{sizes}, and their tokenizers differ; take a draft of the same family"
+        )

@@ -1,0 +1,83 @@
+"""Measures what proposers are worth, and asks only those that pay for their time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_treespec.core.observe import marginal_acceptance
+from vllm_treespec.core.roster import WINDOW, Roster
+from vllm_treespec.integration.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from vllm_treespec.core.tree import TreeBuffers
+    from vllm_treespec.core.verify.target_walk import AcceptedPaths
+
+
+class Worth:
+    """The roster, fed with this engine's acceptance and times.
+
+    A window's counts are copied to the host at its end and looked at one window later,
+    so no step waits for them.
+    """
+
+    def __init__(
+        self, num_proposers: int, *, adaptive: bool, ranks: Any, device: torch.device
+    ) -> None:
+        self._roster = Roster(num_proposers)
+        self._adaptive = adaptive
+        self._ranks = ranks
+        self.stopwatch = Stopwatch(num_proposers, device)
+        # Emitted tokens, then each proposer's marginal ones.
+        self._counts = torch.zeros(1 + num_proposers, dtype=torch.int64, device=device)
+        self._copied = torch.zeros_like(
+            self._counts, device="cpu", pin_memory=device.type != "cpu"
+        )
+        self._times: tuple[list[float], float] | None = None
+        self._num_steps = 0
+
+    @property
+    def drafting(self) -> list[bool]:
+        """Per proposer, whether it drafts this step."""
+        return self._roster.drafting
+
+    def observe(
+        self,
+        trees: TreeBuffers,
+        paths: AcceptedPaths,
+        slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
+    ) -> None:
+        """Count a step's accepted paths; before the trees are replaced."""
+        lengths = paths.lengths[: slots.shape[0]]
+        gains = marginal_acceptance(
+            trees.proposers[slots],
+            paths.nodes[: slots.shape[0]],
+            lengths,
+            len(self.drafting),
+        )
+        self._counts[0] += (lengths + 1).sum()
+        self._counts[1:] += gains
+
+    def end_step(self) -> None:
+        """Decide anew who drafts, if a window is over."""
+        self._num_steps += 1
+        if not self._adaptive or self._num_steps % WINDOW:
+            return
+        if self._times is not None:
+            num_emitted, *gains = self._copied.tolist()
+            seconds, total_seconds = self._times
+            self._roster.judge(
+                num_emitted=num_emitted,
+                gains=gains,
+                seconds=seconds,
+                total_seconds=total_seconds,
+            )
+            if self._ranks.world_size > 1:
+                # Clocks differ, but all ranks must run the same models.
+                self._roster.drafting = self._ranks.broadcast_object(
+                    self._roster.drafting, src=0
+                )
+        self._copied.copy_(self._counts, non_blocking=True)
+        self._counts.zero_()
+        self._times = self.stopwatch.read()
