@@ -237,19 +237,27 @@ def evaluate(out: Path) -> dict[str, Any]:
     """Measure the saved weights on the held-out files, in float32."""
     texts = read_corpus()[1]
     data = encode(out / "target", texts)
-    target, draft = load(out / "target"), load(out / "draft")
+    target = load(out / "target")
+    drafts = {role: load(out / role) for role in SHAPES if role != "target"}
     half = load(out / "target", torch.float16)
     sums: defaultdict[str, float] = defaultdict(float)
     for start in range(0, len(data) - 1, WINDOW):
         ids = data[None, start : min(start + WINDOW, len(data) - 1)]
         wanted = data[start + 1 : start + 1 + ids.shape[1]]
-        big, small = target(ids).logits[0], draft(ids).logits[0]
+        big = target(ids).logits[0]
         best = big.argmax(-1)
         sums["target"] += F.cross_entropy(big, wanted, reduction="sum").item()
-        sums["draft"] += F.cross_entropy(small, wanted, reduction="sum").item()
         sums["top1"] += (best == wanted).sum().item()
-        sums["agree"] += (small.argmax(-1) == best).sum().item()
-        sums["in4"] += (small.topk(4).indices == best[:, None]).sum().item()
+        agreed = torch.zeros_like(best, dtype=torch.bool)
+        for role, draft in drafts.items():
+            small = draft(ids).logits[0]
+            sums[role] += F.cross_entropy(small, wanted, reduction="sum").item()
+            agrees = small.argmax(-1) == best
+            agreed |= agrees
+            sums[f"{role} agrees"] += agrees.sum().item()
+            in4 = (small.topk(4).indices == best[:, None]).sum().item()
+            sums[f"{role} in 4"] += in4
+        sums["any agrees"] += agreed.sum().item()
         if start % (8 * WINDOW) == 0:  # float16 is slow on a CPU: every 8th window
             sums["half"] += (half(ids).logits[0].argmax(-1) == best).sum().item()
             sums["half_count"] += len(wanted)
@@ -264,14 +272,20 @@ def evaluate(out: Path) -> dict[str, Any]:
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
     return {
         "held_out": {"files": len(texts), "bytes": size, "tokens": count},
-        "parameters": [model.num_parameters() for model in (target, draft)],
+        "parameters": [each.num_parameters() for each in (target, *drafts.values())],
         "target_nats_per_token": sums["target"] / count,
         "target_bits_per_byte": sums["target"] / count * bits,
         "target_top1_accuracy": sums["top1"] / count,
-        "draft_nats_per_token": sums["draft"] / count,
-        "draft_bits_per_byte": sums["draft"] / count * bits,
-        "draft_top1_is_target_argmax": sums["agree"] / count,
-        "draft_top4_has_target_argmax": sums["in4"] / count,
+        "drafts": {
+            role: {
+                "nats_per_token": sums[role] / count,
+                "bits_per_byte": sums[role] / count * bits,
+                "top1_is_target_argmax": sums[f"{role} agrees"] / count,
+                "top4_has_target_argmax": sums[f"{role} in 4"] / count,
+            }
+            for role in drafts
+        },
+        "any_draft_top1_is_target_argmax": sums["any agrees"] / count,
         "float16_argmax_is_float32_argmax": sums["half"] / sums["half_count"],
         "file_bytes": {str(p.relative_to(out)): p.stat().st_size for p in files},
         "samples": samples,

@@ -16,12 +16,19 @@ from typing import Any
 import openai
 import pytest
 
-TARGET = Path(__file__).parents[2] / "models/python-stdlib/target"
+MODELS = Path(__file__).parents[2] / "models/python-stdlib"
+TARGET, DRAFT = MODELS / "target", MODELS / "draft"
 VLLM = Path(sys.executable).with_name("vllm")
 TREE = {
     "method": "treespec",
     "num_speculative_tokens": 8,
-    "tree": {"proposers": [{"type": "suffix"}, {"type": "ngram"}]},
+    "tree": {
+        "proposers": [
+            {"type": "draft_model", "model": str(DRAFT), "depth": 3, "width": 2},
+            {"type": "suffix"},
+            {"type": "ngram"},
+        ]
+    },
 }
 PROMPT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
 

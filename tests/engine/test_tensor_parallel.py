@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks, each a process, verify the same trees."""
+"""Two tensor-parallel ranks, each a process, draft and verify the same trees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-TARGET = Path(__file__).parents[2] / "models/python-stdlib/target"
+MODELS = Path(__file__).parents[2] / "models/python-stdlib"
+TARGET, DRAFT = MODELS / "target", MODELS / "draft"
 SCRIPT = """
 import sys
 from vllm import LLM, SamplingParams
@@ -17,7 +18,9 @@ PROMPTS = ["class Stack:\\n    def __init__(self):\\n", "for i in range(10):\\n"
 def main():
     params = SamplingParams(temperature=0.0, max_tokens=24)
     answers = []
-    for tree in (None, {"proposers": [{"type": "suffix"}, {"type": "ngram"}]}):
+    draft = {"type": "draft_model", "model": sys.argv[2], "depth": 3, "width": 2}
+    tree = {"proposers": [draft, {"type": "suffix"}, {"type": "ngram"}]}
+    for tree in (None, tree):
         speculative = tree and {
             "method": "treespec", "num_speculative_tokens": 8, "tree": tree}
         llm = LLM(
@@ -48,7 +51,7 @@ def test_two_ranks_keep_the_tokens(tmp_path):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
     result = subprocess.run(
-        [sys.executable, str(script), str(TARGET)],
+        [sys.executable, str(script), str(TARGET), str(DRAFT)],
         env=env,
         capture_output=True,
         text=True,

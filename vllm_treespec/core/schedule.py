@@ -18,4 +18,7 @@ def num_offered(
     Scheduling more would verify padding, so a request that nobody drafted for costs
     what it costs without speculation.
     """
-    return np.sum([each.num_candidates for each in candidates], axis=0, dtype=np.int32)
+    offered = np.zeros_like(candidates[0].num_candidates)
+    for each in candidates:
+        offered += each.num_candidates
+    return offered

@@ -101,10 +101,10 @@ def draft_model_config(config: DraftModelConfig, target: ModelConfig) -> ModelCo
             tokenizer=target.tokenizer,
             tokenizer_mode=target.tokenizer_mode,
             trust_remote_code=target.trust_remote_code,
-            dtype=target.dtype if config.dtype == "auto" else config.dtype,  # type: ignore[arg-type]
+            dtype=target.dtype if config.dtype == "auto" else config.dtype,
             seed=target.seed,
             revision=config.revision,
-            max_model_len=config.max_model_len,  # type: ignore[arg-type]
+            max_model_len=config.max_model_len,
             quantization=config.quantization,
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,

@@ -302,7 +302,7 @@ class DraftModel:
         num_tokens = token_ids.shape[0]
         token_ids = token_ids.clamp(max=self._vocab_size - 1)
         with set_forward_context(
-            metadata,  # type: ignore[arg-type]
+            metadata,
             self._vllm_config,
             num_tokens=num_tokens,
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
@@ -311,8 +311,12 @@ class DraftModel:
         ):
             hidden = self.model(input_ids=token_ids, positions=positions)
         # Some models also return what an EAGLE head would read.
-        return hidden[0] if isinstance(hidden, tuple) else hidden
+        only: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
+        return only
 
 
 def _attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    return get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+    layers: dict[str, Any] = get_layers_from_vllm_config(
+        vllm_config, AttentionLayerBase
+    )
+    return layers

@@ -181,6 +181,26 @@ HOOKS = (
         "logits are processed in chunks of vLLM's size",
     ),
     Hook(
+        f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.set_attn",
+        ("self", "model_state", "kv_cache_config", "block_tables"),
+        "draft models learn where their KV cache lies",
+    ),
+    Hook(
+        "vllm.config:VllmConfig.num_lookahead_tokens.fget",
+        ("self",),
+        "the KV cache has room for what draft models write",
+    ),
+    Hook(
+        "vllm.model_executor.model_loader:get_model",
+        ("vllm_config", "model_config", "prefix"),
+        "draft models are loaded",
+    ),
+    Hook(
+        "vllm.forward_context:set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp"),
+        "draft models run on batches of their own",
+    ),
+    Hook(
         "vllm.v1.attention.backends.registry:register_backend",
         ("backend", "class_path", "is_mamba"),
         "the attention backend is ours",

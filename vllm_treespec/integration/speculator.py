@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason
 from vllm_treespec.integration.model_state import TreeModelState
 from vllm_treespec.integration.worth import Worth
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class TreeSpeculator(DraftModelSpeculator):
@@ -214,7 +217,8 @@ class TreeSpeculator(DraftModelSpeculator):
         slots = input_batch.idx_mapping[:num_reqs]
         self._learn(input_batch, slots)
         sampled = self._send_sampled(slots, num_sampled) if self._hosted else None
-        offered = self._draft_on_device(
+        offered = np.zeros(num_reqs, np.int32)
+        offered += self._draft_on_device(
             input_batch, num_sampled, num_speculative_tokens
         )
         if sampled is not None:
@@ -246,15 +250,30 @@ class TreeSpeculator(DraftModelSpeculator):
         """Let the draft models catch up, and grow trees; returns nodes offered to each
         request at most."""
         num_reqs, offered = input_batch.num_reqs, 0
-        for index, draft in self.drafts.items():
-            with self._worth.stopwatch.measure(index):
-                draft.catch_up(input_batch, num_sampled)
-                if self._worth.drafting[index] and num_nodes > 0:
-                    draft.propose(num_reqs)
-                    offered += draft.grower.num_candidates
-                else:
-                    self.builder.forget(index, num_reqs)
+        for index, draft in list(self.drafts.items()):
+            grows = self._worth.drafting[index] and num_nodes > 0
+            try:
+                with self._worth.stopwatch.measure(index):
+                    draft.catch_up(input_batch, num_sampled)
+                    if grows:
+                        draft.propose(num_reqs)
+            except Exception:  # it may cost speed, never a request
+                if self._ranks.world_size > 1:
+                    raise  # the other ranks are inside a collective by now
+                self._dismiss(index)
+                grows = False
+            if grows:
+                offered += draft.grower.num_candidates
+            else:
+                self.builder.forget(index, num_reqs)
         return offered
+
+    def _dismiss(self, index: int) -> None:
+        logger.exception(
+            "treespec: draft model %r failed and is off until restart; requests go on "
+            "without it",
+            self.drafts.pop(index).config.model,
+        )
 
     def _draft_on_host(
         self,
@@ -313,7 +332,7 @@ class TreeSpeculator(DraftModelSpeculator):
             return sampled, None
         host = torch.empty_like(sampled, device="cpu", pin_memory=True)
         host.copy_(sampled, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return host, arrived
 

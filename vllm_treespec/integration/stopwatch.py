@@ -38,8 +38,8 @@ class Stopwatch:
             yield
             self.add(lap, time.perf_counter() - start)
             return
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
         yield
         end.record()
@@ -52,7 +52,7 @@ class Stopwatch:
         """
         still_running = []
         for lap, begin, end in self._pending:
-            if end.query():
+            if end.query():  # type: ignore[no-untyped-call]
                 self._seconds[lap] += begin.elapsed_time(end) / 1e3
             else:
                 still_running.append((lap, begin, end))

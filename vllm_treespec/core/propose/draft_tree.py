@@ -135,7 +135,8 @@ def _best_children(
     """Tokens int32 and log-probabilities float32, ``[num_rows, num_children]``."""
     values, token_ids = logits.topk(num_children, dim=-1)
     chunk = max(1, MAX_NORMALISED // logits.shape[1])
-    norms = [part.float().logsumexp(-1) for part in logits.split(chunk)]
+    parts = torch.split(logits, chunk)
+    norms = [part.float().logsumexp(-1) for part in parts]
     return token_ids.int(), values.float() - torch.cat(norms)[:, None]
 
 

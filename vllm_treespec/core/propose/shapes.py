@@ -18,8 +18,13 @@ from vllm_treespec.core.propose.template import TreeTemplate
 class Shape(Protocol):
     """How a draft tree grows. Every number is known before the first step."""
 
-    num_rows: tuple[int, ...]  # per level, rows that the draft model runs on
-    num_children: tuple[int, ...]  # per level, children drawn for each row
+    @property
+    def num_rows(self) -> tuple[int, ...]:
+        """Per level, rows that the draft model runs on."""
+
+    @property
+    def num_children(self) -> tuple[int, ...]:
+        """Per level, children drawn for each row."""
 
     def kept(self, level: int) -> torch.Tensor:
         """Children that become candidates: ``[num_kept]`` int64 into the level's
