@@ -24,6 +24,7 @@ from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
 
 CPU = torch.device("cpu")
+NUM_RANKS = 64  # of a draft's choices that are told apart
 MAX_DEPTH = 16  # of any tree: what a text holds past the tokens that count
 
 
@@ -36,9 +37,6 @@ class Texts:
     token_ids: torch.Tensor
     prompt_len: int
     num_tokens: int  # a step begins while fewer than these are emitted
-
-    def first(self, num_texts: int) -> Texts:
-        return Texts(self.token_ids[:num_texts], self.prompt_len, self.num_tokens)
 
 
 class Trees(NamedTuple):
@@ -86,6 +84,16 @@ class DraftModel:
         if texts not in self._readings:
             self._readings[texts] = Reading(self.model, texts)
         return self._readings[texts]
+
+
+def measure_acceptance(draft: DraftModel, texts: Texts) -> tuple[float, ...]:
+    """How often the draft's k-th choice is what the target said."""
+    first, last = texts.prompt_len, texts.prompt_len + texts.num_tokens
+    said = texts.token_ids[:, first:last, None]
+    logits = draft.read(texts).logits[:, first - 1 : last - 1]
+    ranks = (logits > logits.gather(2, said)).sum(2).flatten()
+    counts = ranks.bincount(minlength=NUM_RANKS)[:NUM_RANKS]
+    return tuple((counts / len(ranks)).tolist())
 
 
 class DraftSource:
@@ -255,7 +263,9 @@ class Outcome(NamedTuple):
 def _left_out(outcome: Outcome) -> npt.NDArray[np.float64]:
     """Tokens per step without each of the texts."""
     tokens, steps = outcome
-    return (tokens.sum() - tokens) / (steps.sum() - steps)
+    left_out: npt.NDArray[np.float64]
+    left_out = (tokens.sum() - tokens) / (steps.sum() - steps)
+    return left_out
 
 
 def _jackknife(estimates: npt.NDArray[np.float64]) -> float:
