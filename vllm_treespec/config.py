@@ -65,6 +65,9 @@ class NgramConfig:
             yield f"min_n={self.min_n}: must be <= max_n={self.max_n}"
 
 
+DRAWN = ("without_replacement", "traversal")
+VERIFY = ("auto", "target_only", *DRAWN)
+DEFAULT_RULE = "without_replacement"
 SHAPES = ("best_first", "static", "sequoia")
 
 
@@ -155,6 +158,16 @@ class TreeSpecConfig:
     proposers: tuple[ProposerConfig, ...] = field(default=(SuffixConfig(),))
     """Where drafts come from; their trees are merged. Several draft models may be."""
 
+    verify: str = "auto"
+    """How drafts of sampled requests are made and verified. ``target_only``: likeliest
+    children, the target's own pick is followed; ``without_replacement``, ``traversal``:
+    children drawn from the first draft model, by the rejection rule of that name;
+    ``auto``: drawn where a draft model can, else ``target_only``."""
+
+    draft_logits_gib: float = 1.0
+    """Device memory for what children were drawn from; sampled requests for which it
+    does not suffice are verified as by ``target_only``."""
+
     adaptive: bool = True
     """Draft less often with a proposer that does not pay for its time."""
 
@@ -162,6 +175,9 @@ class TreeSpecConfig:
     """``triton``, ``torch`` (their slow twins), or ``auto``: Triton on a GPU."""
 
     def __post_init__(self) -> None:
+        # Draft models first: what one has drawn keeps its order when trees are merged.
+        hosted = tuple(each for each in self.proposers if each not in self.draft_models)
+        object.__setattr__(self, "proposers", self.draft_models + hosted)
         if problems := list(self._problems()):
             raise ConfigError("invalid treespec config:\n  " + "\n  ".join(problems))
 
@@ -186,6 +202,13 @@ class TreeSpecConfig:
                     f"{draft.num_static_nodes} nodes: at most num_speculative_tokens="
                     f"{self.num_speculative_tokens}"
                 )
+        if self.verify not in VERIFY:
+            yield f"tree.verify={self.verify!r}: must be one of {list(VERIFY)}"
+        elif self.verify in DRAWN and not self.draft_models:
+            yield f"tree.verify={self.verify!r}: only draft models can draw children"
+        gib = self.draft_logits_gib
+        if isinstance(gib, bool) or not isinstance(gib, int | float) or gib < 0:
+            yield f"tree.draft_logits_gib={gib!r}: must be a number >= 0"
         if not isinstance(self.adaptive, bool):
             yield f"tree.adaptive={self.adaptive!r}: must be true or false"
         if self.kernels not in KERNELS:
@@ -197,6 +220,22 @@ class TreeSpecConfig:
         return tuple(
             each for each in self.proposers if isinstance(each, DraftModelConfig)
         )
+
+    @property
+    def rule(self) -> str:
+        """The verification rule of sampled requests."""
+        if self.verify == "auto":
+            return DEFAULT_RULE if self.draft_models else "target_only"
+        return self.verify
+
+    @property
+    def num_drawn(self) -> int:
+        """Nodes of a tree that are drawn from a draft model, if any are. Other
+        proposers' candidates share the tree with them."""
+        if self.rule == "target_only":
+            return 0
+        alone = len(self.proposers) == 1
+        return self.num_speculative_tokens // (1 if alone else 2) or 1
 
     @property
     def proposer_names(self) -> list[str]:
@@ -231,11 +270,12 @@ class TreeSpecConfig:
         )
         tree = raw.get("tree", {})
         _require("tree", tree, Mapping, "an object")
-        _refuse_unknown("tree", tree, ("proposers", "kernels", "adaptive"))
+        settings = ("kernels", "adaptive", "verify", "draft_logits_gib")
+        _refuse_unknown("tree", tree, ("proposers", *settings))
         options: dict[str, Any] = {
             key: raw[key] for key in ("num_speculative_tokens",) if key in raw
         }
-        options |= {key: tree[key] for key in ("kernels", "adaptive") if key in tree}
+        options |= {key: tree[key] for key in settings if key in tree}
         if "proposers" in tree:
             _require("tree.proposers", tree["proposers"], list, "a list")
             options["proposers"] = tuple(
@@ -256,6 +296,8 @@ class TreeSpecConfig:
                 ],
                 "kernels": self.kernels,
                 "adaptive": self.adaptive,
+                "verify": self.verify,
+                "draft_logits_gib": self.draft_logits_gib,
             },
         }
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.candidates import DeviceCandidates
+from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose.draft_tree import TreeGrower
+from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.propose.shapes import BestFirst, FixedShape
 from vllm_treespec.core.propose.template import TreeTemplate
 
@@ -64,6 +67,7 @@ def grow(shape, num_reqs=3, max_candidates=64, roots=None, max_len=1000, active=
         torch.full((num_reqs,), 7, dtype=torch.int32) if roots is None else roots,
         max_len,
         torch.ones(num_reqs, dtype=torch.bool) if active is None else active,
+        torch.ones(num_reqs),
         model,
         out,
     )
@@ -191,6 +195,7 @@ def test_a_draft_that_says_nonsense_loses_its_candidates_only():
         torch.zeros(2, dtype=torch.int32),
         100,
         torch.ones(2, dtype=torch.bool),
+        torch.ones(2),
         lambda frontier: logits.repeat_interleave(frontier.token_ids.shape[1], 0),
         out,
     )
@@ -212,6 +217,108 @@ def test_growing_never_asks_what_is_on_the_device(fixed):
             torch.zeros(3, dtype=torch.int32),
             100,
             torch.ones(3, dtype=torch.bool),
+            torch.ones(3),
             lambda frontier: torch.randn(frontier.token_ids.numel(), VOCAB_SIZE),
             out,
         )
+
+
+KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
+
+
+def draw(shape, is_drawn, seeds, max_candidates=64):
+    """Grow with some requests drawing; also returns the kept distributions."""
+    num_reqs = len(is_drawn)
+    grower = TreeGrower(shape, num_reqs + 1, CPU)
+    drawing = Drawing.allocate(
+        KERNELS,
+        max_num_reqs=num_reqs + 1,
+        num_blocks=num_reqs + 1,
+        max_num_nodes=grower.max_num_nodes,
+        vocab_size=VOCAB_SIZE,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    drawing.is_drawn[:num_reqs] = torch.tensor(is_drawn)
+    drawing.temperatures[:num_reqs] = torch.where(drawing.is_drawn[:num_reqs], 0.8, 1.0)
+    drawing.seeds[:num_reqs] = torch.tensor(seeds)
+    # Blocks in another order than rows, as slots are.
+    drawing.blocks[:num_reqs] = torch.arange(num_reqs).flip(0) * grower.max_num_nodes
+    model = ToyModel(grower, num_reqs)
+    out = DeviceCandidates.allocate(1, num_reqs + 1, max_candidates, CPU).of(0)
+    grower.grow(
+        model.first_logits(),
+        torch.full((num_reqs,), 7, dtype=torch.int32),
+        1000,
+        torch.ones(num_reqs, dtype=torch.bool),
+        torch.ones(num_reqs),
+        model,
+        out,
+        drawing,
+    )
+    return out, grower, drawing
+
+
+#      root -> 3 children; the best of them -> 2, the second -> 1; ... -> 1
+PLAN = TreeTemplate(parents=(-1, -1, -1, 0, 0, 1, 3), ranks=(0, 1, 2, 0, 1, 0, 0))
+
+
+def planned_shape():
+    return BestFirst.of(depth=3, width=3, num_children=4, device=CPU, drawn=PLAN)
+
+
+def test_drawn_trees_have_the_planned_number_of_children_whatever_is_drawn():
+    for seed in range(20):
+        out, _, _ = draw(planned_shape(), [True], [seed])
+        parents = out.parents[0, : int(out.num_candidates[0])].tolist()
+        assert [parents.count(-1), len(parents)] == [3, PLAN.num_nodes]
+        counts = sorted((parents.count(node) for node in range(7)), reverse=True)
+        assert counts == [2, 1, 1, 0, 0, 0, 0]
+
+
+def test_more_likely_drawn_nodes_get_more_children():
+    out, _, _ = draw(planned_shape(), [True], [3])
+    paths = [path for path, _ in paths_of(out, 0)]
+    first_level = sorted(paths[:3], key=lambda path: -score_of(0, path))
+    children = [sum(path[:1] == each for path in paths[3:6]) for each in first_level]
+    assert children == [2, 1, 0]
+
+
+def test_drawn_children_keep_their_order_of_drawing():
+    """Not that of their probabilities: a rule tries them in the order of drawing."""
+    orders = []
+    for seed in range(30):
+        out, _, _ = draw(planned_shape(), [True], [seed])
+        scores = [score for _, score in paths_of(out, 0)][:3]
+        orders.append(scores == sorted(scores, reverse=True))
+    assert 0 < sum(orders) < len(orders)
+
+
+def test_requests_beside_one_that_draws_get_their_likeliest_children():
+    alone, _ = grow(planned_shape(), num_reqs=3)
+    beside, _, _ = draw(planned_shape(), [False, True, False], [1, 2, 3])
+    for req in (0, 2):
+        assert paths_of(alone, req) == paths_of(beside, req)
+
+
+def test_what_a_request_draws_depends_on_its_seed_alone():
+    one, _, _ = draw(planned_shape(), [True, True, True], [5, 6, 7])
+    other, _, _ = draw(planned_shape(), [True, False, True], [5, 0, 8])
+    assert paths_of(one, 0) == paths_of(other, 0)
+    assert paths_of(one, 2) != paths_of(other, 2)
+
+
+def test_every_expanded_node_finds_the_distribution_its_children_came_from():
+    out, grower, drawing = draw(planned_shape(), [True, True], [1, 2])
+    for req in range(2):
+        block = int(drawing.blocks[req])
+        assert torch.equal(drawing.logits[block], toy_logits(req, ()))
+        paths = paths_of(out, req)
+        parents = out.parents[req].tolist()
+        for place, (path, _) in enumerate(paths):
+            row = int(grower.nodes[req, place])
+            if row >= 0:
+                kept = drawing.logits[block + row]
+                assert torch.equal(kept, toy_logits(req, path))
+            else:
+                assert place not in parents[: len(paths)]

@@ -96,11 +96,11 @@ def exactness(monkeypatch):
 
     original = DraftModel.propose
 
-    def propose(draft, num_reqs):
+    def propose(draft, num_reqs, **options):
         states, out = draft._req_states, draft._out
         # A random request and path of each step, or all of it would take minutes.
         row = random.Random(len(checked)).randrange(num_reqs)
-        original(draft, num_reqs)
+        original(draft, num_reqs, **options)
         count = int(out.num_candidates[row])
         if not draft._active[row] or count == 0:
             return
@@ -115,7 +115,9 @@ def exactness(monkeypatch):
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
         drafted = [token_ids[node] for node in path]
-        log_probs = oracle(draft, history + drafted).log_softmax(-1)[end - 1 : -1]
+        temperature = draft._temperatures[row]
+        logits = oracle(draft, history + drafted)[end - 1 : -1]
+        log_probs = (logits / temperature).log_softmax(-1)
         score = log_probs[range(len(drafted)), drafted].sum()
         torch.testing.assert_close(
             out.scores[row, path[-1]], score, rtol=1e-3, atol=1e-3
@@ -275,8 +277,8 @@ def test_a_draft_falls_silent_past_its_own_limit(
     furthest = []
     original = DraftModel.propose
 
-    def propose(draft, num_reqs):
-        original(draft, num_reqs)
+    def propose(draft, num_reqs, **options):
+        original(draft, num_reqs, **options)
         drafted = draft._out.num_candidates[:num_reqs] > 0
         furthest.extend((draft._ends[:num_reqs][drafted]).tolist())
 
@@ -357,11 +359,11 @@ def test_a_draft_that_raises_is_dismissed_and_requests_go_on(
     calls = []
     original = DraftModel.propose
 
-    def propose(draft, num_reqs):
+    def propose(draft, num_reqs, **options):
         calls.append(num_reqs)
         if len(calls) == 5:
             raise RuntimeError("a broken draft")
-        original(draft, num_reqs)
+        original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     check(model_path("llama"), prompts(), max_tokens=20)
@@ -378,9 +380,9 @@ def test_a_draft_that_does_not_pay_rests(
     grown = []
     original = DraftModel.propose
 
-    def propose(draft, num_reqs):
+    def propose(draft, num_reqs, **options):
         grown.append(draft)
-        original(draft, num_reqs)
+        original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     batch = prompts(1)

@@ -112,80 +112,8 @@ def test_eos_inside_an_accepted_path(start, acceptance, tmp_path):
     assert sum(acceptance.lengths) + len(acceptance.lengths) > sum(map(len, cut)) - 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.7, "top_k": 5},
-        {"temperature": 1.2, "top_p": 0.8},
-        {"temperature": 1.0, "allowed_token_ids": list(range(10, 40))},
-        {"temperature": 0.8, "min_tokens": 10, "stop_token_ids": list(range(2, 40))},
-        {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.4},
-        {"temperature": 1.0, "frequency_penalty": 0.9},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_seeded_sampling_is_that_of_no_speculation(
-    options, model_path, prompts, start, acceptance
-):
-    """Noise is keyed by seed and position, so even samples are identical."""
-    batch = prompts(4)
-    params = [
-        SamplingParams(seed=seed, max_tokens=20, detokenize=False, **options)
-        for seed in range(4)
-    ]
-    plain = [c[0] for c in start(model_path("llama")).generate(batch, params)]
-    truths = [p + o for p, o in zip(batch, plain, strict=True)]
-    engine = start(model_path("llama"), truths=truths)
-    assert [c[0] for c in engine.generate(batch, params)] == plain
-    assert max(acceptance.lengths) > 1
-
-
-def test_options_that_look_back_along_a_chain_get_a_chain(
-    model_path, prompts, start, acceptance
-):
-    batch = prompts(3)
-    params = SamplingParams(
-        temperature=0.0, repetition_penalty=1.2, max_tokens=24, detokenize=False
-    )
-    plain = [c[0] for c in start(model_path("llama")).generate(batch, params)]
-    truths = [p + o for p, o in zip(batch, plain, strict=True)]
-    engine = start(model_path("llama"), truths=truths, num_speculative_tokens=16)
-    assert [c[0] for c in engine.generate(batch, params)] == plain
-    assert max(acceptance.lengths) > 1
-    assert acceptance.off_first_branch == 0
-
-
-def test_logprobs_are_those_of_the_accepted_path(
-    model_path, prompts, start, acceptance
-):
-    batch = prompts(3)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=16, logprobs=3, prompt_logprobs=2, detokenize=False
-    )
-
-    def outputs(engine):
-        prompts = [{"prompt_token_ids": prompt} for prompt in batch]
-        return engine.llm.generate(prompts, params, use_tqdm=False)
-
-    plain = outputs(start(model_path("llama")))
-    truths = [
-        list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
-        for output in plain
-    ]
-    trees = outputs(start(model_path("llama"), truths=truths))
-    assert acceptance.off_first_branch > 0
-    for wanted, got in zip(plain, trees, strict=True):
-        assert got.outputs[0].token_ids == wanted.outputs[0].token_ids
-        pairs = zip(wanted.outputs[0].logprobs, got.outputs[0].logprobs, strict=True)
-        for expected, actual in pairs:
-            assert actual.keys() == expected.keys()
-            for token, logprob in expected.items():
-                assert actual[token].rank == logprob.rank
-                assert actual[token].logprob == pytest.approx(logprob.logprob, abs=1e-4)
-        assert len(got.prompt_logprobs) == len(wanted.prompt_logprobs)
-
-
+# vLLM asks xgrammar in a way that it warns about, and drops a request that fails.
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 @pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("choice", ["json", "regex"])
 def test_structured_output_obeys(choice, async_scheduling, start, acceptance):
@@ -208,6 +136,7 @@ def test_structured_output_obeys(choice, async_scheduling, start, acceptance):
     trees = engine.llm.generate(prompts, params, use_tqdm=False)
     assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in plain]
     assert acceptance.off_first_branch == 0
+    assert engine.runner.speculator.fallbacks == {"structured_outputs": 2}
 
 
 class ForbidTheTokenBefore(LogitsProcessor):
@@ -241,9 +170,10 @@ def test_custom_logits_processors_get_a_chain(model_path, prompts, start, accept
     assert engine.greedy(batch, 20) == plain
     assert acceptance.off_first_branch == 0
     assert max(acceptance.lengths) > 1
+    assert engine.runner.speculator.fallbacks == {"logits_processors": 3}
 
 
-def test_bad_words_get_a_chain(start, acceptance):
+def test_bad_words_of_a_text_get_trees(start, acceptance):
     options = {"skip_tokenizer_init": False}
     free = SamplingParams(temperature=0.0, max_tokens=32)
     plain = start(TARGET, **options)
@@ -254,8 +184,8 @@ def test_bad_words_get_a_chain(start, acceptance):
     engine = start(TARGET, tree=tree(SUFFIX, NGRAM), **options)
     trees = engine.llm.generate(CODE, params, use_tqdm=False)
     assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in expected]
-    assert acceptance.off_first_branch == 0
-    assert max(acceptance.lengths) > 0
+    assert acceptance.off_first_branch > 0
+    assert not engine.runner.speculator.fallbacks
 
 
 @pytest.mark.parametrize("fault", ["raises", "lies"])

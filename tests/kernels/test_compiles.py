@@ -229,6 +229,99 @@ def label_candidates(block_candidates: int, emitted: str = "*i64") -> Arguments:
     )
 
 
+def perturb_logits(logits: str = "*fp32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "positions_ptr",
+        "first_node",
+        "num_rows",
+        "noisy_stride",
+        "vocab_size",
+        logits_ptr=logits,
+        temperatures_ptr="*fp32",
+        seeds_ptr="*i64",
+        is_drawn_ptr="*i1",
+        noisy_ptr="*fp32",
+        SALT=0x51AB3D27,
+        BLOCK_VOCAB=4096,
+    )
+
+
+def penalize_paths(vector: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "prompt_masks_ptr",
+        "prompt_masks_stride",
+        "output_counts_ptr",
+        "output_counts_stride",
+        "vocab_size",
+        logits_ptr="*fp32",
+        slots_ptr=vector,
+        nodes_ptr=vector,
+        repetition_ptr="*fp32",
+        frequency_ptr="*fp32",
+        presence_ptr="*fp32",
+        BLOCK_SIZE=8192,
+    )
+
+
+def ban_words(vector: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "word_token_ids_ptr",
+        "word_token_ids_stride",
+        "word_starts_ptr",
+        "word_starts_stride",
+        "num_words_ptr",
+        "all_token_ids_ptr",
+        "all_token_ids_stride",
+        "prompt_lens_ptr",
+        "total_lens_ptr",
+        logits_ptr="*fp32",
+        slots_ptr=vector,
+        nodes_ptr=vector,
+    )
+
+
+def walk_drawn(
+    block_nodes: int, block_vocab: int = 4096, draft: str = "*bf16", **others: Any
+) -> Arguments:
+    return int32_arguments(
+        "cu_num_logits_ptr",
+        "target_logits_stride",
+        "sources_ptr",
+        "drawn_ptr",
+        "token_ids_ptr",
+        "parents_ptr",
+        "num_nodes_ptr",
+        "num_sampled_ptr",
+        "path_nodes_ptr",
+        "path_lengths_ptr",
+        "num_reqs",
+        "max_num_nodes",
+        "vocab_size",
+        slots_ptr="*i64",
+        target_logits_ptr="*fp32",
+        draft_logits_ptr=draft,
+        temperatures_ptr="*fp32",
+        seeds_ptr="*i64",
+        positions_ptr="*i64",
+        sampled_ptr="*i64",
+        BLOCK_REQS=max(4096 // max(block_nodes, block_vocab), 1),
+        BLOCK_NODES=block_nodes,
+        BLOCK_VOCAB=block_vocab,
+        **others,
+    )
+
+
 # "module:kernel variant" -> its arguments as the wrapper passes them.
 SIGNATURES: dict[str, Arguments] = {
     "compact_kv:_compact_kv_kernel 8-byte words": compact_kv(tl.int64, 64),
@@ -255,8 +348,25 @@ SIGNATURES: dict[str, Arguments] = {
     "gather_trees:_gather_positions_kernel 1025 nodes": gather_positions(2048),
     "gather_trees:_gather_masks_kernel": gather_masks(2),
     "gather_trees:_gather_masks_kernel 1025 nodes": gather_masks(64),
+    "penalize_paths:_penalize_paths_kernel": penalize_paths(),
+    "penalize_paths:_penalize_paths_kernel long slots": penalize_paths("*i64"),
+    "ban_words:_ban_words_kernel": ban_words(),
+    "ban_words:_ban_words_kernel long slots": ban_words("*i64"),
     "walk_tree:_walk_tree_kernel": walk_tree(64),
     "walk_tree:_walk_tree_kernel 1025 nodes": walk_tree(2048),
+    "walk_without_replacement:_walk_down_kernel": walk_drawn(64, REPLACED=False),
+    "walk_without_replacement:_walk_down_kernel 1025 nodes": walk_drawn(
+        2048, REPLACED=False
+    ),
+    "walk_without_replacement:_walk_down_kernel tiny vocabulary": walk_drawn(
+        16, 8, "*fp32", REPLACED=False
+    ),
+    "walk_without_replacement:_walk_down_kernel iid": walk_drawn(
+        64, draft="*fp16", REPLACED=True
+    ),
+    "walk_traversal:_walk_traversal_kernel": walk_drawn(64),
+    "walk_traversal:_walk_traversal_kernel 1025 nodes": walk_drawn(2048),
+    "walk_traversal:_walk_traversal_kernel tiny vocabulary": walk_drawn(16, 8, "*fp32"),
     "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
     "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
     "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
@@ -265,6 +375,8 @@ SIGNATURES: dict[str, Arguments] = {
     "label_candidates:_label_candidates_kernel": label_candidates(64),
     "label_candidates:_label_candidates_kernel short ids": label_candidates(32, "*i32"),
     "label_candidates:_label_candidates_kernel 512 nodes": label_candidates(512),
+    "perturb_logits:_perturb_logits_kernel": perturb_logits(),
+    "perturb_logits:_perturb_logits_kernel bf16": perturb_logits("*bf16"),
 }
 
 # One process compiles everything: importing Triton takes longer than most kernels.

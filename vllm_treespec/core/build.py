@@ -68,6 +68,7 @@ class TreeBuilder:
             max_num_reqs, num_proposers * max_candidates, device
         )
         self._calibration = Calibration(num_proposers, device)
+        self._was_drawn: torch.Tensor | None = None
         self._labels = torch.zeros(
             self.candidates.scores.shape, dtype=torch.int8, device=device
         )
@@ -108,6 +109,9 @@ class TreeBuilder:
             num_emitted,
             labels,
         )
+        if self._was_drawn is not None:
+            # Drawn candidates have no scores to calibrate.
+            labels[0].masked_fill_(self._was_drawn[:, None], -1)
         self._calibration.observe(candidates.scores[:, rows], labels)
 
     def build(
@@ -115,8 +119,13 @@ class TreeBuilder:
         slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
         budgets: torch.Tensor,  # [num_reqs] int32, nodes to keep, root excluded
         chain_only: torch.Tensor,  # [num_reqs] int32, 1: keep the best path only
+        is_drawn: torch.Tensor | None = None,  # [num_reqs] bool
     ) -> torch.Tensor:
         """Replace the slots' trees.
+
+        Args:
+            is_drawn: rows for which the first proposer drew its candidates. They come
+                first, in their order, whatever they are: choosing would bias them.
 
         Returns:
             ``[num_reqs, max_num_nodes - 1]`` int64 draft tokens in node order, root
@@ -125,10 +134,14 @@ class TreeBuilder:
         num_reqs = slots.shape[0]
         rows = slice(num_reqs)
         candidates, merged, trees = self.candidates, self._merged, self._trees
+        scores = self._calibration.apply(candidates.scores[:, rows])
+        if is_drawn is not None:
+            scores[0].masked_fill_(is_drawn[:, None], 0.0)
+        self._was_drawn = is_drawn
         self._kernels.merge_candidates(
             candidates.token_ids[:, rows],
             candidates.parents[:, rows],
-            self._calibration.apply(candidates.scores[:, rows]),
+            scores,
             candidates.num_candidates[:, rows],
             merged.token_ids[rows],
             merged.parents[rows],

@@ -18,11 +18,17 @@ class KernelSet:
     tree_attention: Callable[..., None]
     ancestor_mask: Callable[..., None]
     gather_trees: Callable[..., None]
+    penalize_paths: Callable[..., None]
+    ban_words: Callable[..., None]
     walk_tree: Callable[..., None]
+    walk_without_replacement: Callable[..., None]
+    walk_iid: Callable[..., None]
+    walk_traversal: Callable[..., None]
     compact_kv: Callable[..., None]
     merge_candidates: Callable[..., None]
     select_nodes: Callable[..., None]
     label_candidates: Callable[..., None]
+    perturb_logits: Callable[..., None]
 
 
 def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:

@@ -25,7 +25,8 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm_treespec.config import ConfigError, DraftModelConfig
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
-from vllm_treespec.core.propose.draft_tree import Frontier, TreeGrower
+from vllm_treespec.core.propose.draft_tree import MIN_TEMPERATURE, Frontier, TreeGrower
+from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.propose.factory import make_shape
 from vllm_treespec.integration.attention import TreeMetadata, bind_layer
 from vllm_treespec.integration.cuda_graphs import GraphedRows
@@ -41,6 +42,7 @@ class DraftModel:
         vllm_config: VllmConfig,
         *,
         max_accepted: int,
+        num_drawn: int,
         prefix: str,
         req_states: Any,
         out: DeviceCandidates,
@@ -50,6 +52,7 @@ class DraftModel:
         Args:
             max_accepted: nodes that a step can accept at most, hence one less than
                 the tokens that a decoding request catches up with.
+            num_drawn: nodes of a tree that it draws for sampled requests, 0 for none.
             prefix: of the names of the model's layers, unlike any other model's.
             req_states: vLLM's ``RequestState``, whose tokens the draft is fed.
             out: where ``propose`` writes.
@@ -62,7 +65,8 @@ class DraftModel:
         self._out = out
         self._device = device
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        shape = make_shape(config, vllm_config.num_speculative_tokens, device)
+        num_nodes = vllm_config.num_speculative_tokens
+        shape = make_shape(config, num_nodes, device, num_drawn)
         self.grower = TreeGrower(shape, max_num_reqs, device)
         self.max_accepted = max_accepted
         target_len = vllm_config.model_config.max_model_len
@@ -79,6 +83,7 @@ class DraftModel:
         self._starts = zeros(torch.int32)  # first position that is fed
         self._ends = zeros(torch.int32)  # behind the newest token
         self._active = zeros(torch.bool)
+        self._temperatures = zeros(torch.float32) + 1
         # Both may have ids that mean nothing, behind the vocabulary that they share.
         self._vocab_size = self._model_config.get_vocab_size()
         self._target_vocab_size = vllm_config.model_config.get_vocab_size()
@@ -88,6 +93,8 @@ class DraftModel:
         )
         self._feed_decodes = GraphedRows(self._feed_evenly)
         self._grow_trees = GraphedRows(self._grow)
+        self._draw_trees = GraphedRows(self._draw)
+        self.drawing: Drawing | None = None
 
     def load(self, kernels: KernelSet) -> None:
         """Load the weights and bind the attention layers to the draft's trees."""
@@ -117,6 +124,12 @@ class DraftModel:
             layers[name].is_draft_layer = True
             bind_layer(name, layers[name], kernels, self.grower.batch)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        dtype: torch.dtype = self._model_config.dtype  # resolved by now
+        return dtype
+
     def set_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Remember where each KV cache group keeps the blocks of this step's rows."""
         self._groups = [
@@ -140,15 +153,24 @@ class DraftModel:
 
     def capture(self) -> None:
         """Capture the catch-up of decoding requests and the growth of all levels."""
-        for graphed in (self._feed_decodes, self._grow_trees):
+        pieces = [self._feed_decodes, self._grow_trees]
+        if self.drawing is not None:
+            pieces.append(self._draw_trees)
+        for graphed in pieces:
             graphed.capture(self._slots.shape[0])
 
-    def catch_up(self, batch: Any, num_sampled: torch.Tensor) -> None:
+    def catch_up(
+        self,
+        batch: Any,
+        num_sampled: torch.Tensor,
+        temperatures: torch.Tensor,
+    ) -> None:
         """Feed what the target computed this step, and the newest token.
 
         Args:
             batch: vLLM's ``InputBatch`` of the step.
             num_sampled: ``[num_reqs]`` int32, 0 for requests still in their prefill.
+            temperatures: ``[max_num_reqs]`` float32, by slot, 0 for greedy.
         """
         num_reqs = batch.num_reqs
         rows = slice(num_reqs)
@@ -163,6 +185,7 @@ class DraftModel:
         self._starts[rows] = batch.seq_lens[rows] - computed
         self._ends[rows] = self._req_states.total_len.gpu[slots]
         self._active[rows] = num_sampled > 0
+        self._temperatures[rows] = temperatures[slots].clamp(min=MIN_TEMPERATURE)
         # Rows that pad a CUDA graph write no KV and draft nothing.
         for rest in (self._slots, self._starts, self._ends, self._active):
             rest[num_reqs:] = 0
@@ -172,9 +195,13 @@ class DraftModel:
         else:
             self._feed(num_reqs, fed)
 
-    def propose(self, num_reqs: int) -> None:
-        """Grow the trees of the requests that ``catch_up`` was last called for."""
-        self._grow_trees(num_reqs)
+    def propose(self, num_reqs: int, *, draws: bool = False) -> None:
+        """Grow the trees of the requests that ``catch_up`` was last called for.
+
+        Args:
+            draws: whether ``drawing`` says that some of them draw.
+        """
+        (self._draw_trees if draws else self._grow_trees)(num_reqs)
 
     def _feed_evenly(self, num_reqs: int) -> None:
         """As many rows for each request as a decoding one can need."""
@@ -230,7 +257,10 @@ class DraftModel:
         newest = torch.minimum(newest, query_start_loc[1:] - 1)
         self._newest_hidden[:num_reqs] = hidden[newest]
 
-    def _grow(self, num_reqs: int) -> None:
+    def _draw(self, num_reqs: int) -> None:
+        self._grow(num_reqs, self.drawing)
+
+    def _grow(self, num_reqs: int, drawing: Drawing | None = None) -> None:
         roots = self._ends[:num_reqs] - 1
 
         def forward(frontier: Frontier) -> torch.Tensor:
@@ -258,8 +288,10 @@ class DraftModel:
             roots,
             self.max_len,
             self._active[:num_reqs],
+            self._temperatures[:num_reqs],
             forward,
             self._out,
+            drawing,
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ def _rewritten(args: EngineArgs, config: TreeSpecConfig) -> Iterator[None]:
     replacement = {
         "speculative_config": {
             "method": NATIVE_METHOD,
+            "model": METHOD,  # read by nobody else: how we know our own config
             "num_speculative_tokens": config.num_speculative_tokens,
         },
         "spec_method": None,

@@ -11,6 +11,7 @@ from vllm_treespec.config import ConfigError
 from vllm_treespec.core.attend import attach
 from vllm_treespec.core.commit import commit_paths
 from vllm_treespec.integration.fallback import has_custom_processors
+from vllm_treespec.integration.path_options import follow_paths
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.kernels.compact_kv import KVLayers
 
@@ -88,6 +89,7 @@ class TreeModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, TreeRejectionSampler]:
         self.speculator.has_custom_processors = has_custom_processors(sampler)
+        follow_paths(sampler, self.speculator.kernels, self.speculator.trees)
         return sampler, TreeRejectionSampler(sampler, self.speculator)
 
     def postprocess_state(

@@ -12,7 +12,6 @@ from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_treespec.core.verify.target_walk import cut_paths, walk_target
@@ -43,10 +42,9 @@ class TreeRejectionSampler:
     ) -> SamplerOutput:
         sampler, speculator = self._sampler, self._speculator
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
-        num_logprobs = sampler.sampling_states.max_num_logprobs(
-            input_batch.idx_mapping_np
-        )
-        wants_logprobs = num_logprobs != NO_LOGPROBS
+        # None, or the most top tokens and the most tokens of choice per request.
+        logprobs_dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        wants_logprobs = logprobs_dims is not None
         processed = wants_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         target_ids, scored_logits = self._sample(logits, input_batch, wants_logprobs)
         cu_num_logits = input_batch.cu_num_logits
@@ -58,17 +56,33 @@ class TreeRejectionSampler:
             cu_num_logits,
             target_ids,
         )
+        sampled_drafts = speculator.sampled
+        if sampled_drafts is not None and sampled_drafts.any_of(
+            input_batch.idx_mapping_np.tolist()
+        ):
+            num_reqs = input_batch.num_reqs
+            sampled_drafts.verify(
+                speculator.kernels,
+                speculator.trees,
+                speculator.paths,
+                input_batch.idx_mapping,
+                cu_num_logits,
+                self._process(logits, input_batch),
+                speculator.batch.root_positions[:num_reqs].long(),
+                sampled,
+                num_sampled,
+            )
         if invalid_drafts is not None:
             cut_paths(
                 speculator.paths, sampled, num_sampled, cu_num_logits, invalid_drafts
             )
         logprobs = None
-        if wants_logprobs:
+        if logprobs_dims is not None:
             logprobs = self._score_paths(
                 scored_logits if processed else logits,
                 sampled,
                 input_batch,
-                num_logprobs,
+                *logprobs_dims,
             )
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             num_sampled,
@@ -92,33 +106,24 @@ class TreeRejectionSampler:
 
         In chunks of requests, because the sampler copies its logits to float32.
         """
-        rows = input_batch.logits_indices
-        positions = input_batch.positions[rows]
-        input_ids = input_batch.input_ids[rows]
-        seq_lens = input_batch.seq_lens_cpu_upper_bound.numpy()
-        cu_num_logits = input_batch.cu_num_logits_np
-        parts = []
-        for first, last in _chunks(
-            cu_num_logits, get_max_chunk_logits(logits.shape[1])
-        ):
-            chunk = slice(int(cu_num_logits[first]), int(cu_num_logits[last]))
-            parts.append(
-                self._sampler.sample(
-                    logits[chunk],
-                    input_batch.expanded_idx_mapping[chunk],
-                    input_batch.idx_mapping[first:last],
-                    input_batch.idx_mapping_np[first:last],
-                    positions[chunk],
-                    input_ids[chunk],
-                    input_batch.expanded_local_pos[chunk],
-                    seq_lens[first:last],
-                    return_logprobs=wants_logprobs,
-                )
-            )
+        parts = [
+            self._sampler.sample(*arguments, return_logprobs=wants_logprobs)
+            for arguments in _chunks_of(logits, input_batch)
+        ]
         if len(parts) == 1:
             return parts[0]  # type: ignore[no-any-return]
         picks, processed = zip(*parts, strict=True)
         return torch.cat(picks), torch.cat(processed) if wants_logprobs else logits
+
+    def _process(self, logits: torch.Tensor, input_batch: Any) -> torch.Tensor:
+        """What the target samples from at every node: ``[num_logits, vocab_size]``
+        float32, after all request options."""
+        parts = [
+            self._sampler.apply_sampling_params(*arguments)
+            for arguments in _chunks_of(logits, input_batch)
+        ]
+        processed: torch.Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return processed.float()
 
     def _score_paths(
         self,
@@ -126,6 +131,7 @@ class TreeRejectionSampler:
         sampled: torch.Tensor,  # [num_reqs, max_num_nodes] int64
         input_batch: Any,
         num_logprobs: int,
+        max_num_token_ids: int,
     ) -> Any:
         """Log-probs of the emitted tokens, in the layout of a chain.
 
@@ -145,8 +151,32 @@ class TreeRejectionSampler:
             num_logprobs,
             sampled[batch_rows, steps],
             input_batch.cu_num_logits_np.tolist(),
+            logprob_token_ids_state=self._sampler.logprob_token_ids_state,
+            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            max_per_req_token_ids=max_num_token_ids,
             logits_mode=self._sampler.logprobs_mode
             in ("raw_logits", "processed_logits"),
+        )
+
+
+def _chunks_of(logits: torch.Tensor, input_batch: Any) -> Iterator[tuple[Any, ...]]:
+    """What vLLM's sampler is called with, some requests at a time."""
+    rows = input_batch.logits_indices
+    positions = input_batch.positions[rows]
+    input_ids = input_batch.input_ids[rows]
+    seq_lens = input_batch.seq_lens_cpu_upper_bound.numpy()
+    cu_num_logits = input_batch.cu_num_logits_np
+    for first, last in _chunks(cu_num_logits, get_max_chunk_logits(logits.shape[1])):
+        chunk = slice(int(cu_num_logits[first]), int(cu_num_logits[last]))
+        yield (
+            logits[chunk],
+            input_batch.expanded_idx_mapping[chunk],
+            input_batch.idx_mapping[first:last],
+            input_batch.idx_mapping_np[first:last],
+            positions[chunk],
+            input_ids[chunk],
+            input_batch.expanded_local_pos[chunk],
+            seq_lens[first:last],
         )
 
 

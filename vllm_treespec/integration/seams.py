@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
+from vllm_treespec.integration.request_options import wrap_validate_spec_decode
 
 
 class SeamError(RuntimeError):
@@ -75,6 +76,12 @@ PATCHES = (
         parameters=("self", "usage_context", "headless"),
         wrap=wrap_create_engine_config,
         why="the speculative methods are a closed list, so ours is rewritten to one",
+    ),
+    Patch(
+        target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        wrap=wrap_validate_spec_decode,
+        why="min_p and logit_bias are refused with any speculative method",
     ),
 )
 
@@ -166,8 +173,54 @@ HOOKS = (
         "the target's pick at every node",
     ),
     Hook(
+        f"{_GPU}.sample.penalties:apply_penalties",
+        (
+            "logits",
+            "expanded_idx_mapping",
+            "token_ids",
+            "expanded_local_pos",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "prompt_bin_mask",
+            "output_bin_counts",
+        ),
+        "penalties are counted along a node's path, from vLLM's own counts",
+    ),
+    Hook(
+        f"{_GPU}.sample.bad_words:apply_bad_words",
+        (
+            "logits",
+            "expanded_idx_mapping",
+            "bad_word_token_ids",
+            "bad_word_offsets",
+            "num_bad_words",
+            "all_token_ids",
+            "prompt_len",
+            "total_len",
+            "input_ids",
+            "expanded_local_pos",
+            "max_num_bad_words",
+        ),
+        "bad words are looked for along a node's path",
+    ),
+    Hook(
+        f"{_GPU}.sample.sampler:Sampler.get_logprobs_dims",
+        ("self", "idx_mapping_np"),
+        "how many log-probs are wanted",
+    ),
+    Hook(
         f"{_GPU}.sample.logprob:compute_topk_scores",
-        ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
+        (
+            "logits",
+            "num_logprobs",
+            "sampled_token_ids",
+            "cu_num_logits",
+            "logprob_token_ids_state",
+            "expanded_idx_mapping",
+            "max_per_req_token_ids",
+            "logits_mode",
+        ),
         "log-probs of the accepted path",
     ),
     Hook(

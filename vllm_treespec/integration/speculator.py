@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
 from vllm_treespec.integration.draft_model import DraftModel
 from vllm_treespec.integration.engine_args import from_vllm_config
-from vllm_treespec.integration.fallback import chain_reason
+from vllm_treespec.integration.fallback import chain_reason, count_fallback
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.worth import Worth
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -88,6 +90,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 each,
                 vllm_config,
                 max_accepted=config.max_depth,
+                num_drawn=config.num_drawn if index == 0 else 0,
                 prefix=f"draft_model_{index}",
                 req_states=req_states,
                 out=self.builder.candidates.of(index),
@@ -96,6 +99,18 @@ class TreeSpeculator(DraftModelSpeculator):
             for index, each in enumerate(config.proposers)
             if isinstance(each, DraftModelConfig)
         }
+        self.sampled: SampledDrafts | None = None
+        if config.num_drawn:
+            first = self.drafts[0]
+            self.sampled = SampledDrafts(
+                config,
+                vllm_config,
+                self.kernels,
+                max_num_rows=first.grower.max_num_nodes,
+                dtype=first.dtype,
+                device=device,
+            )
+            first.drawing = self.sampled.drawing
         self._names = config.proposer_names
         self._worth = Worth(
             len(config.proposers),
@@ -108,6 +123,7 @@ class TreeSpeculator(DraftModelSpeculator):
             max_num_reqs, vllm_config.model_config.max_model_len
         )
         self.has_custom_processors = False  # until the sampler is made
+        self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
@@ -171,6 +187,14 @@ class TreeSpeculator(DraftModelSpeculator):
         self._feedback.forget(slot)
         reason = chain_reason(sampling_params, self.has_custom_processors)
         self._chain_only[slot] = reason is not None
+        if reason is not None:
+            count_fallback(self.fallbacks, reason)
+        if self.sampled is not None:
+            self.sampled.remove_request(slot)
+            # A seed asks for the very tokens of another run: those of no speculation.
+            may_draw = reason is None and sampling_params.seed is None
+            if may_draw and sampling_params.temperature > 0:
+                self.sampled.add_request(slot)
         if self._hosted:
             self.pool.settle()
             self.pool.add_request(slot)
@@ -178,8 +202,12 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
-        if slot is not None and self._hosted:
+        if slot is None:
+            return
+        if self._hosted:
             self.pool.remove_request(slot)
+        if self.sampled is not None:
+            self.sampled.remove_request(slot)
 
     @torch.inference_mode()
     def propose(
@@ -217,9 +245,16 @@ class TreeSpeculator(DraftModelSpeculator):
         slots = input_batch.idx_mapping[:num_reqs]
         self._learn(input_batch, slots)
         sampled = self._send_sampled(slots, num_sampled) if self._hosted else None
+        draws = self._draws(input_batch, num_speculative_tokens)
+        if self.sampled is not None and draws:
+            self.sampled.prepare(slots, temperature, seeds)
         offered = np.zeros(num_reqs, np.int32)
         offered += self._draft_on_device(
-            input_batch, num_sampled, num_speculative_tokens
+            input_batch,
+            num_sampled,
+            temperature,
+            num_speculative_tokens,
+            draws=draws,
         )
         if sampled is not None:
             offered += self._draft_on_host(input_batch, *sampled)
@@ -227,11 +262,35 @@ class TreeSpeculator(DraftModelSpeculator):
         budgets = torch.where(num_sampled > 0, num_speculative_tokens, 0).int()
         slots_np = input_batch.idx_mapping_np
         self._num_drafts[slots_np] = np.minimum(offered, num_speculative_tokens)
-        draft_tokens = self.builder.build(slots, budgets, self._chain_only[slots])
+        draft_tokens = self._build(slots, budgets, draws=draws)
         self._feedback.remember(slots, self.req_states.total_len.gpu)
         self._worth.end_step()
         if sampled is not None:
             self.pool.learn(self._host_step(input_batch))
+        return draft_tokens
+
+    def _draws(self, input_batch: Any, num_nodes: int) -> bool:
+        """Whether a request of this batch has its children drawn."""
+        return (
+            self.sampled is not None
+            and 0 in self.drafts
+            and self._worth.drafting[0]
+            and num_nodes > 0
+            and self.sampled.any_of(input_batch.idx_mapping_np.tolist())
+        )
+
+    def _build(
+        self, slots: torch.Tensor, budgets: torch.Tensor, *, draws: bool
+    ) -> torch.Tensor:
+        chain_only, sampled = self._chain_only[slots], self.sampled
+        if sampled is None:
+            return self.builder.build(slots, budgets, chain_only)
+        if not draws or 0 not in self.drafts:  # it may have failed meanwhile
+            sampled.reset(slots)
+            return self.builder.build(slots, budgets, chain_only)
+        is_drawn = sampled.drawing.is_drawn[: slots.shape[0]]
+        draft_tokens = self.builder.build(slots, budgets, chain_only, is_drawn.clone())
+        sampled.place(slots, self.builder.candidates.of(0), self.drafts[0].grower.nodes)
         return draft_tokens
 
     def _learn(self, input_batch: Any, slots: torch.Tensor) -> None:
@@ -245,7 +304,13 @@ class TreeSpeculator(DraftModelSpeculator):
         )
 
     def _draft_on_device(
-        self, input_batch: Any, num_sampled: torch.Tensor, num_nodes: int
+        self,
+        input_batch: Any,
+        num_sampled: torch.Tensor,
+        temperature: torch.Tensor,
+        num_nodes: int,
+        *,
+        draws: bool,
     ) -> int:
         """Let the draft models catch up, and grow trees; returns nodes offered to each
         request at most."""
@@ -254,9 +319,9 @@ class TreeSpeculator(DraftModelSpeculator):
             grows = self._worth.drafting[index] and num_nodes > 0
             try:
                 with self._worth.stopwatch.measure(index):
-                    draft.catch_up(input_batch, num_sampled)
+                    draft.catch_up(input_batch, num_sampled, temperature)
                     if grows:
-                        draft.propose(num_reqs)
+                        draft.propose(num_reqs, draws=draws and index == 0)
             except Exception:  # it may cost speed, never a request
                 if self._ranks.world_size > 1:
                     raise  # the other ranks are inside a collective by now

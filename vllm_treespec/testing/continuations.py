@@ -32,7 +32,7 @@ def continued(
         token_ids = _generate(model, prompts, num_tokens + MAX_DEPTH, temperature)
         np.savez_compressed(path, token_ids=token_ids.int().numpy())
     token_ids = torch.from_numpy(np.load(path)["token_ids"]).long()
-    return Texts(token_ids, prompts.shape[1], num_tokens)
+    return Texts(token_ids, prompts.shape[1], num_tokens, temperature)
 
 
 def _generate(

@@ -19,7 +19,7 @@ from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import DecodeStep, Proposer
-from vllm_treespec.core.propose.draft_tree import Frontier, TreeGrower
+from vllm_treespec.core.propose.draft_tree import MIN_TEMPERATURE, Frontier, TreeGrower
 from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
 
@@ -37,6 +37,7 @@ class Texts:
     token_ids: torch.Tensor
     prompt_len: int
     num_tokens: int  # a step begins while fewer than these are emitted
+    temperature: float  # at which the target wrote, 0: greedy
 
 
 class Trees(NamedTuple):
@@ -105,6 +106,7 @@ class DraftSource:
 
     def start(self, texts: Texts) -> None:
         self._reading = self._draft.read(texts)
+        self._temperature = max(texts.temperature, MIN_TEMPERATURE)
 
     def propose(
         self, rows: torch.Tensor, roots: torch.Tensor, out: DeviceCandidates
@@ -136,7 +138,8 @@ class DraftSource:
 
         active = torch.ones(len(rows), dtype=torch.bool)
         logits = reading.logits[rows, roots]
-        grower.grow(logits, roots.int(), max_len, active, forward, out)
+        temperatures = torch.full((len(rows),), self._temperature)
+        grower.grow(logits, roots.int(), max_len, active, temperatures, forward, out)
 
 
 class HostSource:

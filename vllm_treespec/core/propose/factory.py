@@ -11,7 +11,7 @@ from vllm_treespec.config import (
     TreeSpecConfig,
 )
 from vllm_treespec.core.propose import Proposer
-from vllm_treespec.core.propose.sequoia import optimal_template
+from vllm_treespec.core.propose.sequoia import TYPICAL_ACCEPTANCE, optimal_template
 from vllm_treespec.core.propose.shapes import BestFirst, FixedShape, Shape
 from vllm_treespec.core.propose.template import TreeTemplate
 
@@ -25,8 +25,17 @@ def make_proposers(config: TreeSpecConfig, *, max_num_reqs: int) -> list[Propose
     ]
 
 
-def make_shape(config: DraftModelConfig, max_nodes: int, device: torch.device) -> Shape:
-    """How a draft model grows trees of which ``max_nodes`` nodes are verified."""
+def make_shape(
+    config: DraftModelConfig,
+    max_nodes: int,
+    device: torch.device,
+    num_drawn: int = 0,
+) -> Shape:
+    """How a draft model grows trees of which ``max_nodes`` nodes are verified.
+
+    Args:
+        num_drawn: nodes of a tree whose children are drawn, 0 if none ever is.
+    """
     if config.shape == "static":
         return FixedShape(TreeTemplate.from_branching(config.branching), device)
     if config.shape == "sequoia":
@@ -37,6 +46,9 @@ def make_shape(config: DraftModelConfig, max_nodes: int, device: torch.device) -
         width=config.width,
         num_children=config.top_k,
         device=device,
+        drawn=optimal_template(TYPICAL_ACCEPTANCE, num_drawn, config.depth)
+        if num_drawn
+        else None,
     )
 
 

@@ -30,6 +30,12 @@ class Shape(Protocol):
         """Children that become candidates: ``[num_kept]`` int64 into the level's
         ``num_rows * num_children`` children, row by row, likeliest first."""
 
+    def planned(self, level: int) -> torch.Tensor:
+        """Which of the kept children stay if they are drawn: ``[num_kept]`` bool.
+
+        Decided beforehand, for to choose among drawn children would bias them.
+        """
+
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         """The next level's rows among the kept children.
 
@@ -48,16 +54,39 @@ class BestFirst:
 
     num_rows: tuple[int, ...]
     num_children: tuple[int, ...]
+    plan: tuple[torch.Tensor, ...]  # per level, see ``Shape.planned``
     device: torch.device
 
     @classmethod
     def of(
-        cls, *, depth: int, width: int, num_children: int, device: torch.device
+        cls,
+        *,
+        depth: int,
+        width: int,
+        num_children: int,
+        device: torch.device,
+        drawn: TreeTemplate | None = None,
     ) -> BestFirst:
+        """
+        Args:
+            drawn: how many children the best, the second best, ... row of a level keeps
+                if they are drawn; None keeps all that are drawn.
+        """
         rows = [1]
         while len(rows) < depth:
             rows.append(min(width, rows[-1] * num_children))
-        return cls(tuple(rows), (num_children,) * depth, device)
+        plan = []
+        for level, num_rows in enumerate(rows):
+            counts = [num_children] * num_rows
+            if drawn is not None:
+                counts = _child_counts(drawn, level)[:num_rows]
+                counts += [0] * (num_rows - len(counts))
+            stays = [rank < count for count in counts for rank in range(num_children)]
+            plan.append(torch.tensor(stays, device=device))
+        return cls(tuple(rows), (num_children,) * depth, tuple(plan), device)
+
+    def planned(self, level: int) -> torch.Tensor:
+        return self.plan[level]
 
     def kept(self, level: int) -> torch.Tensor:
         count = self.num_rows[level] * self.num_children[level]
@@ -100,5 +129,18 @@ class FixedShape:
     def kept(self, level: int) -> torch.Tensor:
         return self._kept[level]
 
+    def planned(self, level: int) -> torch.Tensor:
+        return torch.ones_like(self._kept[level], dtype=torch.bool)
+
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         return self._next_rows[level].expand(scores.shape[0], -1)
+
+
+def _child_counts(template: TreeTemplate, level: int) -> list[int]:
+    """Children of the nodes of a level, most first."""
+    counts = [
+        template.parents.count(node)
+        for node, depth in [(-1, 0), *enumerate(template.depths)]
+        if depth == level
+    ]
+    return sorted(counts, reverse=True)
