@@ -121,7 +121,7 @@ def chain(length: int) -> TreeTemplate:
 
 def best_first(num_nodes: int, depth: int) -> BestFirst:
     """As wide as may matter for so many nodes."""
-    return BestFirst.of(
+    return BestFirst(
         depth=depth,
         width=min(32, max(4, num_nodes // 2)),
         num_children=min(16, num_nodes),
@@ -331,7 +331,7 @@ def engine_rows(size: Size) -> list[EngineRow]:
         "treespec": (
             {"tree": tree},
             16,
-            BestFirst.of(depth=4, width=8, num_children=8, device=CPU),
+            BestFirst(depth=4, width=8, num_children=8, device=CPU),
         ),
     }
     draft, rows = DraftModel(train.load(MODELS / "draft")), []

@@ -67,7 +67,7 @@ class NgramConfig:
 
 DRAWN = ("without_replacement", "traversal")
 VERIFY = ("auto", "target_only", *DRAWN)
-DEFAULT_RULE = "without_replacement"
+DEFAULT_RULE = "traversal"
 SHAPES = ("best_first", "static", "sequoia")
 
 

@@ -13,10 +13,14 @@ from vllm.sampling_params import RepetitionDetectionParams
 from vllm_treespec.integration import model_state
 from vllm_treespec.testing.planted import PlantedProposer
 
+FEW = list(range(10, 16))  # so that a path says the same again and again
 
-def words_said(output: list[int]) -> list[list[int]]:
-    """Words of one, two and three tokens that it says at different places."""
-    return [output[4 * size : 5 * size] for size in (1, 2, 3)]
+
+def words_that_repeat(_: list[int]) -> list[list[int]]:
+    """a a, and a b a."""
+    return [[token, token] for token in FEW] + [
+        [token, other, token] for token in FEW for other in FEW if token != other
+    ]
 
 
 def words_of_siblings(output: list[int]) -> list[list[int]]:
@@ -61,8 +65,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "negative penalties": {"presence_penalty": -1.0, "frequency_penalty": -1.0},
     "penalties": {**PENALTIES, "temperature": 0.8},
     "penalties, greedy": {**PENALTIES, "temperature": 0.0},
-    "bad_words": {"bad_words": words_said},
-    "bad_words, greedy": {"bad_words": words_said, "temperature": 0.0},
+    "penalties of few": {**PENALTIES, "allowed_token_ids": FEW},
+    "penalties of few, greedy": {
+        **PENALTIES,
+        "allowed_token_ids": FEW,
+        "temperature": 0.0,
+    },
+    "bad_words": {"bad_words": words_that_repeat, "allowed_token_ids": FEW},
+    "bad_words, greedy": {
+        "bad_words": words_that_repeat,
+        "allowed_token_ids": FEW,
+        "temperature": 0.0,
+    },
     "bad_words of siblings": {"bad_words": words_of_siblings},
     "n": {"n": 2, "temperature": 0.9, "frequency_penalty": 0.5},
     "repetition_detection": {
@@ -74,13 +88,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "everything": {
         **PENALTIES,
-        "bad_words": words_said,
-        "logit_bias": {5: 2.0, 6: -2.0},
+        "allowed_token_ids": FEW,
+        "bad_words": words_that_repeat,
+        "logit_bias": {10: 2.0, 11: -2.0},
         "min_p": 0.01,
         "min_tokens": 9,
-        "stop_token_ids": [3, 4],
+        "stop_token_ids": [12],
         "temperature": 0.9,
-        "top_k": 40,
+        "top_k": 5,
         "top_p": 0.95,
     },
 }

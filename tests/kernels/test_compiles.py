@@ -358,15 +358,17 @@ SIGNATURES: dict[str, Arguments] = {
     "walk_without_replacement:_walk_down_kernel 1025 nodes": walk_drawn(
         2048, REPLACED=False
     ),
-    "walk_without_replacement:_walk_down_kernel tiny vocabulary": walk_drawn(
-        16, 8, "*fp32", REPLACED=False
+    "walk_without_replacement:_walk_down_kernel small vocabulary": walk_drawn(
+        64, 512, "*fp32", REPLACED=False
     ),
     "walk_without_replacement:_walk_down_kernel iid": walk_drawn(
         64, draft="*fp16", REPLACED=True
     ),
     "walk_traversal:_walk_traversal_kernel": walk_drawn(64),
     "walk_traversal:_walk_traversal_kernel 1025 nodes": walk_drawn(2048),
-    "walk_traversal:_walk_traversal_kernel tiny vocabulary": walk_drawn(16, 8, "*fp32"),
+    "walk_traversal:_walk_traversal_kernel small vocabulary": walk_drawn(
+        64, 512, "*fp32"
+    ),
     "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
     "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
     "select_nodes:_select_nodes_kernel": select_nodes(64, 64),

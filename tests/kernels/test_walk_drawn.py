@@ -78,8 +78,8 @@ def random_batch(
     dtype: torch.dtype = torch.float32,
     drawn_share: float = 0.75,
 ) -> Batch:
-    """Rows that are cut, padded, empty and in no order; all that no rule may read is
-    NaN or out of range."""
+    """Rows that are cut, padded, empty and in no order. Nodes that do not count look
+    like any others, but their logits are NaN."""
     gen = torch.Generator().manual_seed(seed)
     num_slots, max_num_nodes = parents.shape
     num_reqs = num_slots - 2
@@ -104,14 +104,11 @@ def random_batch(
     # tokens that both sides like, so that walks get somewhere
     token_ids = torch.randint(min(vocab_size, 4), parents.shape, generator=gen).int()
     drawn = (torch.rand(parents.shape, generator=gen) < drawn_share).int()
-    parents = parents.clone()
     unread = torch.ones(len(draft_logits), dtype=torch.bool)
     for row, slot in enumerate(slots.tolist()):
         first, end = cu_num_logits[row : row + 2].tolist()
         usable = max(min(end - first, int(num_nodes[slot])), 1)
         target_logits[first + usable : end] = torch.nan
-        for stale in (token_ids, sources, drawn, parents):
-            stale[slot, usable:] = 2**30
         used = sources[slot, :usable]
         unread[used[used >= 0].long()] = False
     draft_logits[unread] = torch.nan
@@ -302,6 +299,22 @@ def test_a_draw_of_no_probability_is_no_child(rule: Rule, device: torch.device):
     walk = check(rule, batch.to(device))
     assert (walk.path_lengths[:64] == 0).all()
     assert set(walk.sampled[:64, 0].tolist()) == {0, 1}
+
+
+@every_rule
+def test_a_repetition_is_turned_down_as_often_as_its_rule_says(
+    rule: Rule, device: torch.device
+):
+    """It counts for independent draws only; what is left for node 3 shows which."""
+    batch = one_request(
+        [-1, 0, 0, 0],
+        [9, 0, 0, 1],
+        [0, 1, 1, 1],
+        [[0.1, 0.5, 0.4]] * 4,
+        [[0.4, 0.4, 0.2]] * 4,
+        num_reqs=500,
+    )
+    check(rule, batch.to(device))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")

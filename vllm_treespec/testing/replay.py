@@ -20,6 +20,7 @@ from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.draft_tree import MIN_TEMPERATURE, Frontier, TreeGrower
+from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
 
@@ -102,7 +103,8 @@ class DraftSource:
 
     def __init__(self, draft: DraftModel, shape: Shape, max_num_reqs: int) -> None:
         self._draft = draft
-        self._grower = TreeGrower(shape, max_num_reqs, CPU)
+        self.grower = TreeGrower(shape, max_num_reqs, CPU)
+        self.drawing: Drawing | None = None  # for trees whose children are drawn
 
     def start(self, texts: Texts) -> None:
         self._reading = self._draft.read(texts)
@@ -111,7 +113,7 @@ class DraftSource:
     def propose(
         self, rows: torch.Tensor, roots: torch.Tensor, out: DeviceCandidates
     ) -> None:
-        reading, grower = self._reading, self._grower
+        reading, grower = self._reading, self.grower
         max_len = reading.length + grower.max_num_nodes
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(reading.layers):
@@ -139,7 +141,16 @@ class DraftSource:
         active = torch.ones(len(rows), dtype=torch.bool)
         logits = reading.logits[rows, roots]
         temperatures = torch.full((len(rows),), self._temperature)
-        grower.grow(logits, roots.int(), max_len, active, temperatures, forward, out)
+        grower.grow(
+            logits,
+            roots.int(),
+            max_len,
+            active,
+            temperatures,
+            forward,
+            out,
+            self.drawing,
+        )
 
 
 class HostSource:

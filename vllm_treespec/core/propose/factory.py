@@ -41,7 +41,7 @@ def make_shape(
     if config.shape == "sequoia":
         template = optimal_template(config.acceptance, max_nodes, config.depth)
         return FixedShape(template, device)
-    return BestFirst.of(
+    return BestFirst(
         depth=config.depth,
         width=config.width,
         num_children=config.top_k,

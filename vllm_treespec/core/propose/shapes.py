@@ -7,7 +7,6 @@ and some of those are the next level's rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -46,54 +45,71 @@ class Shape(Protocol):
             ``[num_reqs, num_rows[level + 1]]`` int64 into the kept children.
         """
 
+    def planned_rows(self, level: int) -> torch.Tensor:
+        """The next level's rows where children are drawn: ``[num_rows[level + 1]]``.
 
-@dataclass(frozen=True, slots=True)
+        By the order of drawing: how likely a drawn token was says little of whether
+        the target accepts it, and expanding likely ones accepts a fifth less.
+        """
+
+
 class BestFirst:
     """Expands the likeliest paths of every level (EAGLE-2, arXiv:2406.16858; OPT-Tree,
     arXiv:2406.17276; SpecExec, arXiv:2406.02532, for a global pool)."""
 
-    num_rows: tuple[int, ...]
-    num_children: tuple[int, ...]
-    plan: tuple[torch.Tensor, ...]  # per level, see ``Shape.planned``
-    device: torch.device
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         *,
         depth: int,
         width: int,
         num_children: int,
         device: torch.device,
         drawn: TreeTemplate | None = None,
-    ) -> BestFirst:
+    ) -> None:
         """
         Args:
-            drawn: how many children the best, the second best, ... row of a level keeps
-                if they are drawn; None keeps all that are drawn.
+            drawn: the tree where children are drawn, as far as it fits; None: all of
+                the first rows' children.
         """
-        rows = [1]
-        while len(rows) < depth:
-            rows.append(min(width, rows[-1] * num_children))
-        plan = []
-        for level, num_rows in enumerate(rows):
-            counts = [num_children] * num_rows
-            if drawn is not None:
-                counts = _child_counts(drawn, level)[:num_rows]
-                counts += [0] * (num_rows - len(counts))
-            stays = [rank < count for count in counts for rank in range(num_children)]
-            plan.append(torch.tensor(stays, device=device))
-        return cls(tuple(rows), (num_children,) * depth, tuple(plan), device)
-
-    def planned(self, level: int) -> torch.Tensor:
-        return self.plan[level]
+        num_rows = [1]
+        while len(num_rows) < depth:
+            num_rows.append(min(width, num_rows[-1] * num_children))
+        self.num_rows = tuple(num_rows)
+        self.num_children = (num_children,) * depth
+        self._device = device
+        self._planned: list[torch.Tensor] = []
+        self._planned_rows: list[torch.Tensor] = []
+        nodes = [-1]  # of the template in this level's rows, -1: the root
+        for level, count in enumerate(num_rows):
+            kept = _children_in_rows(drawn, nodes[:count], num_children)
+            places = range(count * num_children)
+            stays = [drawn is None or place in kept for place in places]
+            self._planned.append(torch.tensor(stays, device=device))
+            if level + 1 == depth:
+                break
+            expanded = [
+                place
+                for place, node in kept.items()
+                if drawn is not None and node in drawn.parents
+            ]
+            nodes = [kept[place] for place in expanded]
+            # Rows that the plan does not need run on children that are not kept.
+            spare = [place for place in places if place not in expanded]
+            rows = (expanded + spare)[: num_rows[level + 1]]
+            self._planned_rows.append(torch.tensor(rows, device=device))
 
     def kept(self, level: int) -> torch.Tensor:
         count = self.num_rows[level] * self.num_children[level]
-        return torch.arange(count, device=self.device)
+        return torch.arange(count, device=self._device)
+
+    def planned(self, level: int) -> torch.Tensor:
+        return self._planned[level]
 
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         return scores.topk(self.num_rows[level + 1], dim=1).indices
+
+    def planned_rows(self, level: int) -> torch.Tensor:
+        return self._planned_rows[level]
 
 
 class FixedShape:
@@ -135,12 +151,19 @@ class FixedShape:
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         return self._next_rows[level].expand(scores.shape[0], -1)
 
+    def planned_rows(self, level: int) -> torch.Tensor:
+        return self._next_rows[level]
 
-def _child_counts(template: TreeTemplate, level: int) -> list[int]:
-    """Children of the nodes of a level, most first."""
-    counts = [
-        template.parents.count(node)
-        for node, depth in [(-1, 0), *enumerate(template.depths)]
-        if depth == level
-    ]
-    return sorted(counts, reverse=True)
+
+def _children_in_rows(
+    template: TreeTemplate | None, nodes: list[int], num_children: int
+) -> dict[int, int]:
+    """Place among a level's children -> node of the template, for these rows' nodes."""
+    if template is None:
+        return {}
+    return {
+        row * num_children + template.ranks[child]: child
+        for row, node in enumerate(nodes)
+        for child, parent in enumerate(template.parents)
+        if parent == node and template.ranks[child] < num_children
+    }
