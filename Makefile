@@ -8,13 +8,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NEXT_TESTS ?= tests/integration tests/engine
 
-.PHONY: demo test test-next check types format bench clean
+.PHONY: demo test statistics test-next check types format bench clean
 
 demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
 	$(BIN)/python -m pytest -n auto
+
+statistics: $(VENV)/installed  ## sampled output against the target's distribution
+	$(BIN)/python -m pytest -n auto -s -m statistics tests/engine/test_statistics.py
 
 test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
 	$(BIN)/python tools/vllm_next.py build/vllm-next
