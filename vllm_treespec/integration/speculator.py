@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
@@ -21,18 +20,15 @@ from vllm_treespec.config import ConfigError, DraftModelConfig
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.feedback import Feedback
-from vllm_treespec.core.history import TokenHistory
 from vllm_treespec.core.kernel_set import choose_kernels
-from vllm_treespec.core.propose import DecodeStep
 from vllm_treespec.core.propose.factory import make_proposers
-from vllm_treespec.core.propose.pool import ProposerPool
-from vllm_treespec.core.schedule import num_offered
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
 from vllm_treespec.integration.draft_model import DraftModel
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason, count_fallback
+from vllm_treespec.integration.host_drafts import HostDrafts
 from vllm_treespec.integration.model_state import TreeModelState
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.worth import Worth
@@ -73,18 +69,18 @@ class TreeSpeculator(DraftModelSpeculator):
         # One rank drafts on the host for all: ranks whose trees differ would verify
         # garbage. Draft models run on every rank, as vLLM's own do.
         self._ranks = get_tp_group()
-        self._hosted = [
-            index
-            for index, each in enumerate(config.proposers)
-            if not isinstance(each, DraftModelConfig)
-        ]
-        self.pool = ProposerPool(
-            make_proposers(config, max_num_reqs=max_num_reqs)
-            if self._hosted and self._ranks.is_first_rank
-            else [],
-            max_candidates=config.num_speculative_tokens,
-            vocab_size=vllm_config.model_config.get_vocab_size(),
-        )
+        self.hosted: HostDrafts | None = None
+        if len(config.draft_models) < len(config.proposers):
+            self.hosted = HostDrafts(
+                make_proposers(config, max_num_reqs=max_num_reqs)
+                if self._ranks.is_first_rank
+                else [],
+                config,
+                vllm_config,
+                ranks=self._ranks,
+                req_states=req_states,
+                device=device,
+            )
         self.drafts = {
             index: DraftModel(
                 each,
@@ -119,9 +115,6 @@ class TreeSpeculator(DraftModelSpeculator):
             device=device,
         )
         self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
-        self.history = TokenHistory.allocate(
-            max_num_reqs, vllm_config.model_config.max_model_len
-        )
         self.has_custom_processors = False  # until the sampler is made
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
@@ -195,17 +188,15 @@ class TreeSpeculator(DraftModelSpeculator):
             may_draw = reason is None and sampling_params.seed is None
             if may_draw and sampling_params.temperature > 0:
                 self.sampled.add_request(slot)
-        if self._hosted:
-            self.pool.settle()
-            self.pool.add_request(slot)
-            self.history.start(slot, token_ids)
+        if self.hosted is not None:
+            self.hosted.add_request(slot, token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
         if slot is None:
             return
-        if self._hosted:
-            self.pool.remove_request(slot)
+        if self.hosted is not None:
+            self.hosted.remove_request(slot)
         if self.sampled is not None:
             self.sampled.remove_request(slot)
 
@@ -244,7 +235,8 @@ class TreeSpeculator(DraftModelSpeculator):
             num_speculative_tokens = self.num_speculative_steps
         slots = input_batch.idx_mapping[:num_reqs]
         self._learn(input_batch, slots)
-        sampled = self._send_sampled(slots, num_sampled) if self._hosted else None
+        if self.hosted is not None:
+            self.hosted.fetch_sampled(slots, num_sampled)
         draws = self._draws(input_batch, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
@@ -256,17 +248,19 @@ class TreeSpeculator(DraftModelSpeculator):
             num_speculative_tokens,
             draws=draws,
         )
-        if sampled is not None:
-            offered += self._draft_on_host(input_batch, *sampled)
+        if self.hosted is not None:
+            slots_np = input_batch.idx_mapping_np.astype(np.int32)
+            offered += self.hosted.draft(slots_np, self.builder, self._worth)
         # A request still in its prefill has no newest token to continue.
         budgets = torch.where(num_sampled > 0, num_speculative_tokens, 0).int()
-        slots_np = input_batch.idx_mapping_np
-        self._num_drafts[slots_np] = np.minimum(offered, num_speculative_tokens)
+        self._num_drafts[input_batch.idx_mapping_np] = np.minimum(
+            offered, num_speculative_tokens
+        )
         draft_tokens = self._build(slots, budgets, draws=draws)
         self._feedback.remember(slots, self.req_states.total_len.gpu)
         self._worth.end_step()
-        if sampled is not None:
-            self.pool.learn(self._host_step(input_batch))
+        if self.hosted is not None:
+            self.hosted.learn(slots_np)
         return draft_tokens
 
     def _draws(self, input_batch: Any, num_nodes: int) -> bool:
@@ -340,66 +334,10 @@ class TreeSpeculator(DraftModelSpeculator):
             self.drafts.pop(index).config.model,
         )
 
-    def _draft_on_host(
-        self,
-        input_batch: Any,
-        sampled: torch.Tensor,  # [num_reqs, 1 + max_new] int32, see _send_sampled
-        arrived: torch.cuda.Event | None,
-    ) -> npt.NDArray[np.int32]:
-        """Ask the proposers on the host; returns nodes offered to each request."""
-        if arrived is not None:
-            arrived.synchronize()
-        host = sampled.numpy()
-        counts = host[:, 0]
-        self.pool.settle()
-        self.history.append(input_batch.idx_mapping_np, host[:, 1:], counts)
-        drafting = [self._worth.drafting[index] for index in self._hosted]
-        candidates = self.pool.propose(self._host_step(input_batch), drafting)
-        if self._ranks.world_size > 1:
-            candidates = self._ranks.broadcast_object(candidates, src=0)
-        for index, each in zip(self._hosted, candidates, strict=True):
-            self.builder.upload(index, each)
-        for index, seconds in zip(self._hosted, self.pool.seconds, strict=False):
-            self._worth.stopwatch.add(index, seconds)  # known to the first rank only
-        return np.where(counts > 0, num_offered(candidates), 0)
-
-    def _host_step(self, input_batch: Any) -> DecodeStep:
-        return DecodeStep(
-            input_batch.idx_mapping_np.astype(np.int32),
-            self.history.token_ids,
-            self.history.num_tokens,
-        )
-
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""
         slot = self._slots.get(req_id)
         return 0 if slot is None else int(self._num_drafts[slot])
-
-    def _send_sampled(
-        self,
-        slots: torch.Tensor,  # [num_reqs] int64
-        num_sampled: torch.Tensor,  # [num_reqs] int32
-    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Start copying the new tokens to the host, ahead of the draft models' work.
-
-        Returns:
-            ``[num_reqs, 1 + max_new]`` int32, the number of new tokens and the tokens,
-            and the event after which they are there.
-        """
-        states = self.req_states
-        token_ids = states.all_token_ids.gpu
-        columns = torch.arange(self.num_speculative_steps + 1, device=self.device)
-        first = states.total_len.gpu[slots] - num_sampled
-        columns = (first[:, None] + columns).clamp_(max=token_ids.shape[1] - 1)
-        newest = token_ids[slots[:, None], columns]
-        sampled = torch.cat([num_sampled[:, None], newest], dim=1)
-        if self.device.type == "cpu":
-            return sampled, None
-        host = torch.empty_like(sampled, device="cpu", pin_memory=True)
-        host.copy_(sampled, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return host, arrived
 
     def _show_memory_to_profiler(self, num_tokens: int) -> None:
         """Claim what verification and drafting will, so that the KV cache leaves room."""

@@ -52,4 +52,6 @@ class TreeWorker(PlatformWorker):
 
     def treespec_clear(self) -> None:
         """For ``collective_rpc``: forget all text that proposers have learned from."""
-        self.model_runner.speculator.pool.clear()
+        hosted = self.model_runner.speculator.hosted
+        if hosted is not None:
+            hosted.pool.clear()

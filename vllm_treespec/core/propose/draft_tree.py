@@ -125,9 +125,8 @@ class TreeGrower:
                 break
             chosen = shape.next_rows(depth, scores)
             if drawing is not None:
-                planned_rows = shape.planned_rows(depth)
-                is_drawn = drawing.is_drawn[:num_reqs, None]
-                chosen = torch.where(is_drawn, planned_rows, chosen)
+                draws = drawing.is_drawn[:num_reqs, None]
+                chosen = torch.where(draws, shape.planned_rows(depth), chosen)
             first, last = self.first_nodes[depth + 1 : depth + 3]
             self._see_ancestors(row_nodes.gather(1, rows[chosen]), first, last)
             row_scores = scores.gather(1, chosen)

@@ -1,0 +1,116 @@
+"""Proposers that draft on the host, and the text of every request that they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+
+from vllm_treespec.config import DraftModelConfig, TreeSpecConfig
+from vllm_treespec.core.build import TreeBuilder
+from vllm_treespec.core.history import TokenHistory
+from vllm_treespec.core.propose import DecodeStep, Proposer
+from vllm_treespec.core.propose.pool import ProposerPool
+from vllm_treespec.core.schedule import num_offered
+from vllm_treespec.integration.worth import Worth
+
+
+class HostDrafts:
+    """Drafts once a step: ``fetch_sampled``, then ``draft``, then ``learn``.
+
+    What the device does between the first two runs beside the copy.
+    """
+
+    def __init__(
+        self,
+        proposers: Sequence[Proposer],  # of the first rank, none on the others
+        config: TreeSpecConfig,
+        vllm_config: VllmConfig,
+        *,
+        ranks: Any,
+        req_states: Any,
+        device: torch.device,
+    ) -> None:
+        self._indices = [
+            index
+            for index, each in enumerate(config.proposers)
+            if not isinstance(each, DraftModelConfig)
+        ]
+        self.pool = ProposerPool(
+            proposers,
+            max_candidates=config.num_speculative_tokens,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+        )
+        self._history = TokenHistory.allocate(
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+        self._ranks = ranks
+        self._req_states = req_states
+        self._columns = torch.arange(config.num_speculative_tokens + 1, device=device)
+        self._sampled = torch.empty(0)
+        self._arrived: torch.cuda.Event | None = None
+
+    def add_request(self, slot: int, token_ids: Sequence[int]) -> None:
+        self.pool.settle()
+        self.pool.add_request(slot)
+        self._history.start(slot, token_ids)
+
+    def remove_request(self, slot: int) -> None:
+        self.pool.remove_request(slot)
+
+    def fetch_sampled(
+        self,
+        slots: torch.Tensor,  # [num_reqs] int64
+        num_sampled: torch.Tensor,  # [num_reqs] int32
+    ) -> None:
+        """Start copying the new tokens to the host, ahead of the draft models' work."""
+        states = self._req_states
+        token_ids = states.all_token_ids.gpu
+        first = states.total_len.gpu[slots] - num_sampled
+        columns = (first[:, None] + self._columns).clamp_(max=token_ids.shape[1] - 1)
+        newest = token_ids[slots[:, None], columns]
+        # [num_reqs, 1 + max_new] int32: how many new tokens, and the tokens
+        sampled = torch.cat([num_sampled[:, None], newest], dim=1)
+        if sampled.device.type == "cpu":
+            self._sampled = sampled
+            return
+        self._sampled = torch.empty_like(sampled, device="cpu", pin_memory=True)
+        self._sampled.copy_(sampled, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def draft(
+        self,
+        slots: npt.NDArray[np.int32],  # [num_reqs], batch row -> request slot
+        builder: TreeBuilder,
+        worth: Worth,
+    ) -> npt.NDArray[np.int32]:
+        """Hand every proposer's candidates to the builder; returns nodes offered to
+        each request at most."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        sampled = self._sampled.numpy()
+        counts = sampled[:, 0]
+        self.pool.settle()
+        self._history.append(slots, sampled[:, 1:], counts)
+        drafting = [worth.drafting[index] for index in self._indices]
+        candidates = self.pool.propose(self._step(slots), drafting)
+        if self._ranks.world_size > 1:
+            candidates = self._ranks.broadcast_object(candidates, src=0)
+        for index, each in zip(self._indices, candidates, strict=True):
+            builder.upload(index, each)
+        for index, seconds in zip(self._indices, self.pool.seconds, strict=False):
+            worth.stopwatch.add(index, seconds)  # known to the first rank only
+        return np.where(counts > 0, num_offered(candidates), 0)
+
+    def learn(self, slots: npt.NDArray[np.int32]) -> None:
+        """Index the new tokens, off the request path."""
+        self.pool.learn(self._step(slots))
+
+    def _step(self, slots: npt.NDArray[np.int32]) -> DecodeStep:
+        return DecodeStep(slots, self._history.token_ids, self._history.num_tokens)
