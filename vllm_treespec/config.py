@@ -68,6 +68,9 @@ class NgramConfig:
 DRAWN = ("without_replacement", "traversal")
 VERIFY = ("auto", "target_only", *DRAWN)
 DEFAULT_RULE = "traversal"
+# Below, the best of the likeliest children are accepted more often than drawn ones: on
+# the bundled pair 2.60 against 2.51 of 32 at 0.6, and 1.38 against 2.48 at 1.
+DEFAULT_DRAWN_FROM = 0.7
 SHAPES = ("best_first", "static", "sequoia")
 
 
@@ -162,7 +165,8 @@ class TreeSpecConfig:
     """How drafts of sampled requests are made and verified. ``target_only``: likeliest
     children, the target's own pick is followed; ``without_replacement``, ``traversal``:
     children drawn from the first draft model, by the rejection rule of that name;
-    ``auto``: drawn where a draft model can, else ``target_only``."""
+    ``auto``: ``traversal`` from a temperature of 0.7 on where there is a draft model,
+    else ``target_only``."""
 
     draft_logits_gib: float = 1.0
     """Device memory for what children were drawn from; sampled requests for which it
@@ -227,6 +231,14 @@ class TreeSpecConfig:
         if self.verify == "auto":
             return DEFAULT_RULE if self.draft_models else "target_only"
         return self.verify
+
+    def draws_at(self, temperature: float) -> bool:
+        """Whether a request of this temperature has its children drawn."""
+        if self.rule == "target_only":
+            return False
+        if self.verify == "auto":
+            return temperature >= DEFAULT_DRAWN_FROM
+        return temperature > 0
 
     @property
     def num_drawn(self) -> int:

@@ -101,6 +101,34 @@ def test_names_the_value_the_bound_and_the_fix(raw, message):
     assert message in str(error.value)
 
 
+def test_children_are_drawn_where_it_pays_or_where_the_user_says_so():
+    small = (DraftModelConfig(model="small"),)
+    auto = TreeSpecConfig(proposers=small)
+    assert [auto.draws_at(t) for t in (0.0, 0.6, 0.7, 1.0)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    always = TreeSpecConfig(proposers=small, verify="without_replacement")
+    assert [always.draws_at(t) for t in (0.0, 0.1, 1.0)] == [False, True, True]
+    never = TreeSpecConfig(proposers=small, verify="target_only")
+    assert not never.draws_at(1.0)
+    assert not TreeSpecConfig().draws_at(1.0)
+
+
+def test_draft_models_come_first():
+    """What one has drawn must keep its order when trees are merged."""
+    config = TreeSpecConfig(
+        proposers=(SuffixConfig(), DraftModelConfig(model="small"), NgramConfig())
+    )
+    assert [each.type for each in config.proposers] == [
+        "draft_model",
+        "suffix",
+        "ngram",
+    ]
+
+
 def test_several_draft_models_have_names_of_their_own():
     drafts = tuple(DraftModelConfig(model=name) for name in ("small", "tiny"))
     config = TreeSpecConfig(proposers=(*drafts, SuffixConfig()))

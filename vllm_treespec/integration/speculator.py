@@ -48,6 +48,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self, vllm_config: VllmConfig, device: torch.device, req_states: Any
     ) -> None:
         config = from_vllm_config(vllm_config)
+        self._config = config
         self.vllm_config = vllm_config
         self.device = device
         self.req_states = req_states
@@ -186,7 +187,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.sampled.remove_request(slot)
             # A seed asks for the very tokens of another run: those of no speculation.
             may_draw = reason is None and sampling_params.seed is None
-            if may_draw and sampling_params.temperature > 0:
+            if may_draw and self._config.draws_at(sampling_params.temperature):
                 self.sampled.add_request(slot)
         if self.hosted is not None:
             self.hosted.add_request(slot, token_ids)
