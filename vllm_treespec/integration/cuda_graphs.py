@@ -43,6 +43,8 @@ class GraphedRows:
 
 
 def capture_sizes(max_num_rows: int) -> list[int]:
-    """Powers of two below the maximum, and the maximum."""
+    """Powers of two below the maximum, and the maximum; nothing for 0."""
     sizes = [1 << power for power in range(max_num_rows.bit_length())]
-    return sorted({*(size for size in sizes if size < max_num_rows), max_num_rows})
+    return sorted(
+        {*(size for size in sizes if size < max_num_rows), max_num_rows} - {0}
+    )

@@ -72,7 +72,10 @@ class DraftModel:
         target_len = vllm_config.model_config.max_model_len
         self.max_len = min(self._model_config.max_model_len, target_len)
         self._table_len = target_len
-        self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # What a decoding request can need, and how many may be padded to that.
+        self._even_width = max_accepted + 2
+        max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._max_num_even_reqs = max_num_tokens // self._even_width
         self.layer_names: set[str] = set()
 
         def zeros(dtype: torch.dtype) -> torch.Tensor:
@@ -149,15 +152,17 @@ class DraftModel:
         hidden = self._run(token_ids, token_ids.long(), None, {})
         max_num_reqs = self._slots.shape[0]
         num_rows = max_num_reqs * max(self.grower.shape.num_rows)
-        self.model.compute_logits(hidden[:1].expand(num_rows, -1))
+        logits = self._logits(hidden[:1].expand(num_rows, -1))
+        if self.drawing is not None:
+            torch.empty_like(logits, dtype=torch.float32)  # with noise
 
     def capture(self) -> None:
         """Capture the catch-up of decoding requests and the growth of all levels."""
-        pieces = [self._feed_decodes, self._grow_trees]
+        max_num_reqs = self._slots.shape[0]
+        self._feed_decodes.capture(min(max_num_reqs, self._max_num_even_reqs))
+        self._grow_trees.capture(max_num_reqs)
         if self.drawing is not None:
-            pieces.append(self._draw_trees)
-        for graphed in pieces:
-            graphed.capture(self._slots.shape[0])
+            self._draw_trees.capture(max_num_reqs)
 
     def catch_up(
         self,
@@ -189,8 +194,7 @@ class DraftModel:
         # Rows that pad a CUDA graph write no KV and draft nothing.
         for rest in (self._slots, self._starts, self._ends, self._active):
             rest[num_reqs:] = 0
-        width = self.max_accepted + 2  # what a decoding request can need
-        if fed.max() <= width and num_reqs * width <= self._max_num_tokens:
+        if fed.max() <= self._even_width and num_reqs <= self._max_num_even_reqs:
             self._feed_decodes(num_reqs)
         else:
             self._feed(num_reqs, fed)
@@ -205,7 +209,7 @@ class DraftModel:
 
     def _feed_evenly(self, num_reqs: int) -> None:
         """As many rows for each request as a decoding one can need."""
-        width = self.max_accepted + 2
+        width = self._even_width
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=self._device)
         rows = torch.arange(num_reqs, device=self._device).repeat_interleave(
             width, output_size=num_reqs * width

@@ -351,7 +351,9 @@ class TreeSpeculator(DraftModelSpeculator):
         rows = self.trees.parents.numel()
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         dtype = self.vllm_config.model_config.dtype
-        torch.empty(rows, vocab_size, dtype=dtype, device=self.device)
+        claimed = [torch.empty(rows, vocab_size, dtype=dtype, device=self.device)]
+        if self.sampled is not None:  # what the rules read, in float32
+            claimed.append(torch.empty(rows, vocab_size, device=self.device))
 
     def describe_trees(self) -> dict[str, dict[str, Any]]:
         """The tree waiting for verification of every request, for people to look at."""
