@@ -19,6 +19,8 @@ from vllm_treespec.integration.draft_model import DraftModel
 
 ROOT = Path(__file__).parents[2]
 MIXES = ["one draft", "two drafts", "draft and suffix"]
+# Of the target's weights. Some models shrug it off.
+NOISE = {"gemma2": 0.15}
 # Every mix under one of the schedulers, both schedulers, where that matters.
 SCHEDULED = [("one draft", False), ("two drafts", True), ("draft and suffix", True)]
 
@@ -30,7 +32,11 @@ def proposers(draft_path):
     def proposers(mix, architecture="llama", **options):
         options = {"depth": 4, "width": 3, "top_k": 3, **options}
         drafts = [
-            {"type": "draft_model", "model": draft_path(architecture, seed), **options}
+            {
+                "type": "draft_model",
+                "model": draft_path(architecture, seed, NOISE.get(architecture, 0.05)),
+                **options,
+            }
             for seed in range(2)
         ]
         return {
@@ -53,7 +59,7 @@ def check(start, proposers, acceptance):
         mix="one draft",
         architecture="llama",
         max_tokens=24,
-        nodes=10,
+        nodes=8,
         kernels="auto",
         draft=None,
         params=None,
@@ -136,10 +142,10 @@ def test_every_architecture_drafts_and_keeps_its_tokens(
 ):
     check(
         model_path(architecture),
-        prompts(),
+        prompts(4),
         architecture=architecture,
-        max_tokens=32,
-        nodes=12,
+        max_tokens=24,
+        nodes=10,
     )
     assert max(acceptance.lengths) > 2
     assert acceptance.off_first_branch > 0
@@ -152,7 +158,7 @@ def test_a_single_request(mix, model_path, prompts, check, acceptance):
     assert acceptance.off_first_branch > 0
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", ["two drafts"])
 def test_interpreted_triton_kernels(mix, model_path, prompts, check):
     check(
         model_path("llama"),
@@ -164,7 +170,7 @@ def test_interpreted_triton_kernels(mix, model_path, prompts, check):
     )
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 31, 70])
+@pytest.mark.parametrize("nodes", [1, 70])
 def test_any_number_of_nodes(nodes, model_path, prompts, check):
     wide = {"depth": 4, "width": 12, "top_k": 6}
     check(model_path("llama"), prompts(3), nodes=nodes, mix="two drafts", draft=wide)
@@ -183,7 +189,7 @@ def test_any_number_of_nodes(nodes, model_path, prompts, check):
 def test_every_shape_keeps_its_tokens(
     draft, model_path, prompts, check, acceptance, exactness
 ):
-    check(model_path("llama"), prompts(), draft=draft, nodes=16)
+    check(model_path("llama"), prompts(4), draft=draft, nodes=16)
     depth = 3 if "branching" in draft else draft.get("depth", 4)
     assert min(depth, 3) <= max(acceptance.lengths) <= depth
     assert exactness
@@ -215,7 +221,7 @@ def test_preemption(
         model_path("llama"),
         prompts(6, shortest=20, longest=40),
         mix=mix,
-        max_tokens=60,
+        max_tokens=48,
         block_size=32,
         num_gpu_blocks_override=14,
         async_scheduling=async_scheduling,
@@ -255,7 +261,7 @@ def test_shared_prefixes_are_cached_for_the_draft_as_well(
     assert len(exactness) > 10
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", ["two drafts"])
 def test_requests_that_end_at_max_model_len(mix, model_path, prompts, check, exactness):
     check(
         model_path("llama"),
@@ -295,7 +301,7 @@ def test_a_draft_falls_silent_past_its_own_limit(
     assert len(exactness) > 5
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", ["draft and suffix"])
 def test_stop_tokens_inside_an_accepted_path(
     mix, model_path, prompts, start, proposers
 ):
@@ -345,9 +351,9 @@ def test_steps_without_drafting_leave_the_cache_exact(
     )
     check(
         model_path("llama"),
-        prompts(),
+        prompts(4),
         mix=mix,
-        max_tokens=40,
+        max_tokens=32,
         async_scheduling=async_scheduling,
     )
     assert len(exactness) > 5

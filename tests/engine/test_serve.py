@@ -85,15 +85,15 @@ def connect(port: int) -> openai.OpenAI:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    client = connect(port)
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-4000:]
-        try:
-            client.models.list()
-            return
-        except openai.APIConnectionError:
-            time.sleep(1)
+    with connect(port) as client:
+        while time.monotonic() < deadline:
+            assert server.poll() is None, log.read_text()[-4000:]
+            try:
+                client.models.list()
+                return
+            except openai.APIConnectionError:
+                time.sleep(1)
     raise AssertionError("the server did not answer: " + log.read_text()[-4000:])
 
 
@@ -101,11 +101,13 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
     common: dict[str, Any] = {"model": "tiny", "max_tokens": 32, "temperature": 0.0}
     messages: Any = [{"role": "user", "content": PROMPT}]
     completion = client.completions.create(prompt=PROMPT, **common)
-    streamed = client.completions.create(prompt=PROMPT, stream=True, **common)
+    with client.completions.create(prompt=PROMPT, stream=True, **common) as parts:
+        streamed = list(parts)
     chat = client.chat.completions.create(messages=messages, **common)
-    chat_stream = client.chat.completions.create(
+    with client.chat.completions.create(
         messages=messages, stream=True, **common
-    )
+    ) as parts:
+        chat_stream = list(parts)
     seeded = client.completions.create(
         prompt=PROMPT, **{**common, "temperature": 0.8}, seed=3, logprobs=2
     )
@@ -122,10 +124,10 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
 
 
 def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
-    with serving(None, tmp_path / "plain.log") as port:
-        plain = ask_everything(connect(port))
-    with serving(TREE, tmp_path / "tree.log") as port:
-        trees = ask_everything(connect(port))
+    with serving(None, tmp_path / "plain.log") as port, connect(port) as client:
+        plain = ask_everything(client)
+    with serving(TREE, tmp_path / "tree.log") as port, connect(port) as client:
+        trees = ask_everything(client)
         accepted = counter(port, "vllm:spec_decode_num_accepted_tokens_total")
     assert trees == plain
     assert trees["stream"] == trees["completion"]
