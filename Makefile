@@ -17,7 +17,7 @@ test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
 	$(BIN)/python -m pytest -n auto
 
 statistics: $(VENV)/installed  ## sampled output against the target's distribution
-	$(BIN)/python -m pytest -n auto -s -m statistics tests/engine/test_statistics.py
+	$(BIN)/python -m pytest -n auto -rP -m statistics tests/engine/test_statistics.py
 
 test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
 	$(BIN)/python tools/vllm_next.py build/vllm-next
