@@ -71,30 +71,35 @@ def drawn_one_by_one(logits, noisy, temperatures, num_children):  # type: ignore
 
 
 def draft(
-    source: DraftSource, rows: torch.Tensor, roots: torch.Tensor, temperature: float
+    source: DraftSource,
+    rows: torch.Tensor,
+    roots: torch.Tensor,
+    temperature: float,
+    max_nodes: int,
+    mixes: bool,
 ) -> Trees:
-    """Trees of these rows, all of whose nodes are kept."""
+    """Trees of these rows, of which the first nodes are kept."""
     grower, count = source.grower, len(rows)
     out = DeviceCandidates.allocate(1, count, grower.num_candidates, CPU).of(0)
     drawing = source.drawing
     if drawing is not None:
         drawing.is_drawn[:count] = True
+        drawing.is_mixed[:count] = mixes
         drawing.temperatures[:count] = temperature
         drawing.seeds[:count] = torch.randint(2**62, (count,))
         drawing.blocks[:count] = torch.arange(count) * grower.max_num_nodes
     source.propose(rows, roots, out)
-    width = int(out.num_candidates.max())
+    width = min(max_nodes, int(out.num_candidates.max()))
     root = torch.zeros(count, 1, dtype=torch.int32)
     nodes = torch.cat([root, grower.nodes[:count, :width]], 1)
     blocks = torch.arange(count, dtype=torch.int32)[:, None] * grower.max_num_nodes
-    is_drawn = (
-        torch.ones_like(nodes) if drawing is not None else torch.zeros_like(nodes)
-    )
-    is_drawn[:, 0] = 0
+    is_drawn = torch.zeros_like(nodes)
+    if drawing is not None:
+        is_drawn[:, 1:] = grower.drawn[:count, :width]
     return Trees(
         torch.cat([root, out.token_ids[:, :width]], 1),
         torch.cat([root - 1, out.parents[:, :width] + 1], 1),
-        out.num_candidates + 1,
+        out.num_candidates.clamp(max=width) + 1,
         torch.where(nodes >= 0, blocks + nodes, -1).int(),
         is_drawn,
     )
@@ -181,6 +186,7 @@ def accepted_by(
 
 def measure(
     shape: Shape,
+    max_nodes: int,
     rules: Sequence[str],
     children: str,
     texts: Texts,
@@ -209,7 +215,9 @@ def measure(
     try:
         for batch in places.split(BATCH):
             rows, roots = batch.unbind(1)
-            trees = draft(source, rows, roots, texts.temperature)
+            trees = draft(
+                source, rows, roots, texts.temperature, max_nodes, children == "mixed"
+            )
             logits = target_logits(models[0], reading, trees, rows, roots)
             for rule in rules:
                 found[rule].append(
@@ -226,26 +234,17 @@ def measure(
     return {rule: torch.cat(parts) for rule, parts in found.items()}
 
 
-def shapes() -> dict[str, tuple[int, Shape, Shape]]:
-    """Name -> nodes, the shape of likeliest children, the shape of drawn ones."""
-    static = FixedShape(TreeTemplate.from_branching(BRANCHING), CPU)
-    chain = FixedShape(TreeTemplate.from_branching((1, 1, 1, 1)), CPU)
-    best = {
-        nodes: BestFirst(
-            depth=6,
-            width=8,
-            num_children=8,
-            device=CPU,
-            drawn=optimal_template(TYPICAL_ACCEPTANCE, nodes, 6),
-        )
-        for nodes in (16, 32)
+def shapes() -> dict[str, tuple[int, Shape]]:
+    """Name -> nodes, shape."""
+    shapes: dict[str, tuple[int, Shape]] = {
+        "chain": (4, FixedShape(TreeTemplate.from_branching((1, 1, 1, 1)), CPU)),
+        "<3,2,2,1>": (33, FixedShape(TreeTemplate.from_branching(BRANCHING), CPU)),
     }
-    return {
-        "chain": (4, chain, chain),
-        "<3,2,2,1>": (33, static, static),
-        "best_first 16": (16, best[16], best[16]),
-        "best_first 32": (32, best[32], best[32]),
-    }
+    for nodes in (16, 32):
+        plan = optimal_template(TYPICAL_ACCEPTANCE, nodes, 6)
+        best = BestFirst(depth=6, width=8, num_children=8, device=CPU, drawn=plan)
+        shapes[f"best_first {nodes}"] = (nodes, best)
+    return shapes
 
 
 @torch.inference_mode()
@@ -261,10 +260,11 @@ def table(temperature: float, quick: bool) -> list[Row]:
         for name in ("target", "draft")
     )
     rows = []
-    for name, (nodes, likeliest, drawn) in shapes().items():
+    for name, (nodes, shape) in shapes().items():
         kinds: dict[str, list[str]] = {
             "likeliest": ["target_only"],
             "drawn": ["target_only", "without_replacement", "traversal"],
+            "mixed": ["without_replacement", "traversal"],
         }
         if not name.startswith("best_first"):
             kinds["drawn, replaced"] = ["iid"]
@@ -272,7 +272,8 @@ def table(temperature: float, quick: bool) -> list[Row]:
             (children, rule): accepted
             for children, rules in kinds.items()
             for rule, accepted in measure(
-                likeliest if children == "likeliest" else drawn,
+                shape,
+                nodes,
                 rules,
                 children,
                 texts,
@@ -280,14 +281,6 @@ def table(temperature: float, quick: bool) -> list[Row]:
                 models,  # type: ignore[arg-type]
             ).items()
         }
-        if name.startswith("best_first"):
-            found["likeliest", "target_only"] = best_of(
-                likeliest,
-                nodes,
-                texts,
-                places,
-                models,  # type: ignore[arg-type]
-            )
         base = found["likeliest", "target_only"].mean()
         for (children, rule), accepted in found.items():
             error = accepted.std() / len(accepted) ** 0.5
@@ -299,31 +292,6 @@ def table(temperature: float, quick: bool) -> list[Row]:
     return rows
 
 
-def best_of(
-    shape: Shape,
-    nodes: int,
-    texts: Texts,
-    places: torch.Tensor,
-    models: tuple[DraftModel, DraftModel],
-) -> torch.Tensor:
-    """Likeliest children, of which the best are verified."""
-    source = DraftSource(models[1], shape, BATCH)
-    source.start(texts)
-    reading, parts = models[0].read(texts), []
-    for batch in places.split(BATCH):
-        rows, roots = batch.unbind(1)
-        trees = draft(source, rows, roots, texts.temperature)
-        trees = Trees(
-            *(each[:, : nodes + 1] for each in trees[:2]),
-            trees.num_nodes.clamp(max=nodes + 1),
-            *(each[:, : nodes + 1] for each in trees[3:]),
-        )
-        logits = target_logits(models[0], reading, trees, rows, roots)
-        logits = logits / texts.temperature
-        parts.append(accepted_by("target_only", trees, logits, None, texts.temperature))
-    return torch.cat(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="in miniature")
@@ -333,7 +301,7 @@ def main() -> None:
     ).stdout.strip()
     print(f"python benchmarks/bench_verification_rules.py at {commit}\n")
     print("Accepted draft tokens per step; vs_target_only compares tokens per step.")
-    for temperature in (1.0,) if quick else (1.0, 0.6):
+    for temperature in (1.0,) if quick else (1.0, 0.6, 0.3):
         print_table(f"Rules at T={temperature}", table(temperature, quick))
 
 

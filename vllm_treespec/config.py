@@ -68,8 +68,9 @@ class NgramConfig:
 DRAWN = ("without_replacement", "traversal")
 VERIFY = ("auto", "target_only", *DRAWN)
 DEFAULT_RULE = "traversal"
-# Below, the best of the likeliest children are accepted more often than drawn ones: on
-# the bundled pair 2.60 against 2.51 of 32 at 0.6, and 1.38 against 2.48 at 1.
+DRAW = ("auto", "without_replacement", "mixed")
+# Below, children that are mostly fixed are accepted more often than drawn ones: see
+# benchmarks/results/verification_rules.md.
 DEFAULT_DRAWN_FROM = 0.7
 SHAPES = ("best_first", "static", "sequoia")
 
@@ -162,11 +163,15 @@ class TreeSpecConfig:
     """Where drafts come from; their trees are merged. Several draft models may be."""
 
     verify: str = "auto"
-    """How drafts of sampled requests are made and verified. ``target_only``: likeliest
+    """How drafts of sampled requests are verified. ``target_only``: likeliest
     children, the target's own pick is followed; ``without_replacement``, ``traversal``:
     children drawn from the first draft model, by the rejection rule of that name;
-    ``auto``: ``traversal`` from a temperature of 0.7 on where there is a draft model,
-    else ``target_only``."""
+    ``auto``: ``traversal`` where there is a draft model, else ``target_only``."""
+
+    draw: str = "auto"
+    """Which children are drawn. ``without_replacement``: all of them; ``mixed``: one
+    per node, beside its likeliest; ``auto``: all from a temperature of 0.7 on, below
+    ``mixed``."""
 
     draft_logits_gib: float = 1.0
     """Device memory for what children were drawn from; sampled requests for which it
@@ -210,6 +215,8 @@ class TreeSpecConfig:
             yield f"tree.verify={self.verify!r}: must be one of {list(VERIFY)}"
         elif self.verify in DRAWN and not self.draft_models:
             yield f"tree.verify={self.verify!r}: only draft models can draw children"
+        if self.draw not in DRAW:
+            yield f"tree.draw={self.draw!r}: must be one of {list(DRAW)}"
         gib = self.draft_logits_gib
         if isinstance(gib, bool) or not isinstance(gib, int | float) or gib < 0:
             yield f"tree.draft_logits_gib={gib!r}: must be a number >= 0"
@@ -232,13 +239,11 @@ class TreeSpecConfig:
             return DEFAULT_RULE if self.draft_models else "target_only"
         return self.verify
 
-    def draws_at(self, temperature: float) -> bool:
-        """Whether a request of this temperature has its children drawn."""
-        if self.rule == "target_only":
-            return False
-        if self.verify == "auto":
-            return temperature >= DEFAULT_DRAWN_FROM
-        return temperature > 0
+    def mixes_at(self, temperature: float) -> bool:
+        """Whether a drawn tree of this temperature draws one child per node only."""
+        if self.draw == "auto":
+            return temperature < DEFAULT_DRAWN_FROM
+        return self.draw == "mixed"
 
     @property
     def num_drawn(self) -> int:
@@ -282,7 +287,7 @@ class TreeSpecConfig:
         )
         tree = raw.get("tree", {})
         _require("tree", tree, Mapping, "an object")
-        settings = ("kernels", "adaptive", "verify", "draft_logits_gib")
+        settings = ("kernels", "adaptive", "verify", "draw", "draft_logits_gib")
         _refuse_unknown("tree", tree, ("proposers", *settings))
         options: dict[str, Any] = {
             key: raw[key] for key in ("num_speculative_tokens",) if key in raw
@@ -309,6 +314,7 @@ class TreeSpecConfig:
                 "kernels": self.kernels,
                 "adaptive": self.adaptive,
                 "verify": self.verify,
+                "draw": self.draw,
                 "draft_logits_gib": self.draft_logits_gib,
             },
         }

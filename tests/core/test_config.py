@@ -93,6 +93,7 @@ def draft(**options):
         ({"tree": {"adaptive": "yes"}}, "tree.adaptive='yes': must be true or false"),
         ({"num_speculative_tokens": "8"}, "num_speculative_tokens='8': must be an int"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens=True: must be an"),
+        ({"tree": {"draw": "best"}}, "tree.draw='best': must be one of ['auto',"),
     ],
 )
 def test_names_the_value_the_bound_and_the_fix(raw, message):
@@ -101,20 +102,16 @@ def test_names_the_value_the_bound_and_the_fix(raw, message):
     assert message in str(error.value)
 
 
-def test_children_are_drawn_where_it_pays_or_where_the_user_says_so():
-    small = (DraftModelConfig(model="small"),)
-    auto = TreeSpecConfig(proposers=small)
-    assert [auto.draws_at(t) for t in (0.0, 0.6, 0.7, 1.0)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
-    always = TreeSpecConfig(proposers=small, verify="without_replacement")
-    assert [always.draws_at(t) for t in (0.0, 0.1, 1.0)] == [False, True, True]
-    never = TreeSpecConfig(proposers=small, verify="target_only")
-    assert not never.draws_at(1.0)
-    assert not TreeSpecConfig().draws_at(1.0)
+def test_trees_mix_where_it_pays_or_where_the_user_says_so():
+    temperatures = (0.1, 0.6, 0.7, 1.0)
+    expected = {
+        "auto": [True, True, False, False],
+        "without_replacement": [False] * 4,
+        "mixed": [True] * 4,
+    }
+    for draw, mixes in expected.items():
+        config = TreeSpecConfig(proposers=(DraftModelConfig(model="small"),), draw=draw)
+        assert [config.mixes_at(t) for t in temperatures] == mixes
 
 
 def test_draft_models_come_first():

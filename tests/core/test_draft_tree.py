@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +16,12 @@ from vllm_treespec.core.propose.draft_tree import TreeGrower
 from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.propose.shapes import BestFirst, FixedShape
 from vllm_treespec.core.propose.template import TreeTemplate
+from vllm_treespec.kernels.reference.drawn_trees import (
+    BatchTree,
+    recursive_rejection,
+    traversal,
+)
+from vllm_treespec.testing.enumerate import Outcomes, joint, total_variation
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 23
@@ -224,7 +232,7 @@ def test_growing_never_asks_what_is_on_the_device(fixed):
 KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
 
 
-def draw(shape, is_drawn, seeds, max_candidates=64):
+def draw(shape, is_drawn, seeds, max_candidates=64, *, mixes=False):
     """Grow with some requests drawing; also returns the kept distributions."""
     num_reqs = len(is_drawn)
     grower = TreeGrower(shape, num_reqs + 1, CPU)
@@ -238,6 +246,7 @@ def draw(shape, is_drawn, seeds, max_candidates=64):
         device=CPU,
     )
     drawing.is_drawn[:num_reqs] = torch.tensor(is_drawn)
+    drawing.is_mixed[:num_reqs] = drawing.is_drawn[:num_reqs] & mixes
     drawing.temperatures[:num_reqs] = torch.where(drawing.is_drawn[:num_reqs], 0.8, 1.0)
     drawing.seeds[:num_reqs] = torch.tensor(seeds)
     # Blocks in another order than rows, as slots are.
@@ -316,3 +325,113 @@ def test_every_expanded_node_finds_the_distribution_its_children_came_from():
                 assert torch.equal(kept, toy_logits(req, path))
             else:
                 assert place not in parents[: len(paths)]
+
+
+def test_a_node_that_mixes_has_its_likeliest_children_and_one_from_the_rest():
+    shape, seen = BestFirst(depth=2, width=2, num_children=3, device=CPU), set()
+    for seed in range(20):
+        out, grower, _ = draw(shape, [True], [seed], mixes=True)
+        paths = paths_of(out, 0)
+        drawn = grower.drawn[0, : len(paths)].tolist()
+        for parent in {path[:-1] for path, _ in paths}:
+            probabilities = toy_logits(0, parent).softmax(-1)
+            likeliest = probabilities.topk(2).indices.tolist()
+            here = [
+                (path[-1], score, is_drawn)
+                for (path, score), is_drawn in zip(paths, drawn, strict=True)
+                if path[:-1] == parent
+            ]
+            assert {token for token, _, is_drawn in here if not is_drawn} <= {
+                *likeliest
+            }
+            # Kept or not by what the others leave, not by what was drawn.
+            rest = float(1 - probabilities[likeliest].sum())
+            above = dict(paths).get(parent, 0.0)
+            for token, score, is_drawn in here:
+                if is_drawn:
+                    assert token not in likeliest
+                    assert score == pytest.approx(above + math.log(rest), abs=1e-4)
+                    seen.add(token)
+    assert len(seen) > 3
+
+
+def test_what_a_mixing_node_drew_from_has_lost_the_likeliest():
+    shape = BestFirst(depth=2, width=2, num_children=3, device=CPU)
+    _, _, drawing = draw(shape, [True], [1], mixes=True)
+    kept, logits = drawing.logits[int(drawing.blocks[0])], toy_logits(0, ())
+    likeliest = logits.topk(2).indices
+    assert kept[likeliest].tolist() == [-torch.inf] * 2
+    kept[likeliest] = logits[likeliest]
+    assert torch.equal(kept, logits)
+
+
+def test_a_mixed_tree_leaves_room_for_other_proposers_as_a_planned_one_does():
+    out, _, _ = draw(planned_shape(), [True, True], [1, 2], mixes=True)
+    assert out.num_candidates[:2].tolist() == [len(PLAN.parents)] * 2
+
+
+@pytest.mark.parametrize("rule", [recursive_rejection, traversal])
+@pytest.mark.parametrize("max_candidates", [3, 5, 12])
+def test_mixed_trees_are_lossless_whichever_of_their_nodes_are_kept(
+    rule, max_candidates
+):
+    """Every draw and every decision, with the grower's own choice of nodes."""
+    vocab_size, num_tokens, temperature = 4, 3, 0.8
+    gen = torch.Generator().manual_seed(5)
+    draft = torch.randn(vocab_size + 1, vocab_size, generator=gen) * 1.5
+    target = torch.randn(vocab_size + 1, vocab_size, generator=gen).double().softmax(1)
+    goal = joint(
+        lambda context: target[context[-1] if context else -1].numpy(),
+        vocab_size,
+        num_tokens,
+    )
+    shape = BestFirst(depth=2, width=2, num_children=2, device=CPU)
+    grower = TreeGrower(shape, 1, CPU)
+    drawing = Drawing.allocate(
+        SimpleNamespace(perturb_logits=None),
+        max_num_reqs=1,
+        num_blocks=1,
+        max_num_nodes=grower.max_num_nodes,
+        vocab_size=vocab_size,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    drawing.is_drawn[0] = drawing.is_mixed[0] = True
+    drawing.temperatures[0] = temperature
+    out = DeviceCandidates.allocate(1, 1, max_candidates, CPU).of(0)
+    found, outcomes = np.zeros_like(goal), Outcomes()
+
+    def draw_each_row(logits, temperatures, seeds, positions, drawn, first, keys):
+        keys.zero_()
+        for row, rest in enumerate((logits / temperature).double().softmax(-1)):
+            keys[row, outcomes.choose(rest.numpy())] = 1
+
+    drawing.kernels.perturb_logits = draw_each_row
+    while True:
+        grower.grow(
+            draft[-1:],
+            torch.zeros(1, dtype=torch.int32),
+            100,
+            torch.ones(1, dtype=torch.bool),
+            torch.ones(1),
+            lambda frontier: draft[frontier.token_ids[0].long()],
+            out,
+            drawing,
+        )
+        count = int(out.num_candidates[0])
+        tokens = out.token_ids[0, :count].tolist()
+        tree = BatchTree(
+            [-1, *(out.parents[0, :count] + 1).tolist()],
+            [-1, *tokens],
+            [0, *grower.drawn[0, :count].int().tolist()],
+            [0, *grower.nodes[0, :count].tolist()],
+            target[torch.tensor([-1, *tokens])].log(),
+            drawing.logits,
+            temperature,
+        )
+        _, emitted = rule(tree, outcomes)
+        known = tuple(emitted[:num_tokens])
+        found[known] += outcomes.probability * goal[known] / goal[known].sum()
+        if not outcomes.next():
+            break
+    assert total_variation(found, goal) < 1e-6

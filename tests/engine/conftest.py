@@ -166,20 +166,18 @@ class AcceptanceLog:
 @pytest.fixture
 def acceptance(monkeypatch: pytest.MonkeyPatch) -> AcceptanceLog:
     """What the target accepted, seen from inside the engine."""
-    from vllm_treespec.integration import rejection_sampler
+    from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 
     log = AcceptanceLog()
-    original = rejection_sampler.walk_target
+    original = TreeRejectionSampler.__call__
 
-    def walk_target(
-        kernels: Any, trees: Any, paths: Any, slots: Any, *rest: Any
-    ) -> Any:
-        result = original(kernels, trees, paths, slots, *rest)
-        count = slots.shape[0]
+    def verify(self: Any, logits: Any, input_batch: Any, *rest: Any) -> Any:
+        result = original(self, logits, input_batch, *rest)
+        paths, count = self._speculator.paths, input_batch.num_reqs
         log.record(paths.nodes[:count].tolist(), paths.lengths[:count].tolist())
         return result
 
-    monkeypatch.setattr(rejection_sampler, "walk_target", walk_target)
+    monkeypatch.setattr(TreeRejectionSampler, "__call__", verify)
     return log
 
 

@@ -33,9 +33,12 @@ def params(temperature, seed=None, max_tokens=16):
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
-@pytest.mark.parametrize("rule", ["traversal", "without_replacement"])
+@pytest.mark.parametrize(
+    ("rule", "draw"),
+    [("traversal", "without_replacement"), ("without_replacement", "mixed")],
+)
 def test_greedy_and_seeded_requests_beside_drawing_ones_keep_their_tokens(
-    rule, async_scheduling, model_path, draft_path, prompts, start, placed
+    rule, draw, async_scheduling, model_path, draft_path, prompts, start, placed
 ):
     batch = prompts(6)
     kinds = [params(0.0), params(1.0, seed=3), params(0.9)] * 2
@@ -47,6 +50,7 @@ def test_greedy_and_seeded_requests_beside_drawing_ones_keep_their_tokens(
         tree={
             "proposers": [{"type": "suffix"}, {**draft, "width": 3, "top_k": 4}],
             "verify": rule,
+            "draw": draw,
             "adaptive": False,
         },
         num_speculative_tokens=10,
@@ -57,8 +61,8 @@ def test_greedy_and_seeded_requests_beside_drawing_ones_keep_their_tokens(
         assert found[place] == plain[place]
     for place in (2, 5):
         assert len(found[place][0]) == 16
-    # Half of the nodes are for the suffix proposer, and what neither draws is not.
-    assert max(placed) == 5
+    # Half of the nodes are for the suffix proposer.
+    assert 0 < max(placed) <= 5
     assert min(placed) == 0
     assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
 

@@ -46,29 +46,35 @@ class TreeRejectionSampler:
         logprobs_dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         wants_logprobs = logprobs_dims is not None
         processed = wants_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        target_ids, scored_logits = self._sample(logits, input_batch, wants_logprobs)
-        cu_num_logits = input_batch.cu_num_logits
-        sampled, num_sampled = walk_target(
-            speculator.kernels,
-            speculator.trees,
-            speculator.paths,
-            input_batch.idx_mapping,
-            cu_num_logits,
-            target_ids,
-        )
-        sampled_drafts = speculator.sampled
-        if sampled_drafts is not None and sampled_drafts.any_of(
-            input_batch.idx_mapping_np.tolist()
-        ):
-            num_reqs = input_batch.num_reqs
-            sampled_drafts.verify(
+        slots, cu_num_logits = input_batch.idx_mapping, input_batch.cu_num_logits
+        drafts, num_drawn, scored_logits = speculator.sampled, 0, logits
+        if drafts is not None:
+            num_drawn = drafts.num_placed(input_batch.idx_mapping_np.tolist())
+        if num_drawn < input_batch.num_reqs:
+            target_ids, scored_logits = self._sample(
+                logits, input_batch, wants_logprobs
+            )
+            sampled, num_sampled = walk_target(
                 speculator.kernels,
                 speculator.trees,
                 speculator.paths,
-                input_batch.idx_mapping,
+                slots,
                 cu_num_logits,
-                self._process(logits, input_batch),
-                speculator.batch.root_positions[:num_reqs].long(),
+                target_ids,
+            )
+        else:  # the target's own picks would decide nothing
+            num_sampled = torch.zeros_like(slots, dtype=torch.int32)
+            sampled = torch.zeros_like(speculator.paths.nodes[: len(slots)].long())
+        if drafts is not None and num_drawn > 0:
+            scored_logits = self._process(logits, input_batch)
+            drafts.verify(
+                speculator.kernels,
+                speculator.trees,
+                speculator.paths,
+                slots,
+                cu_num_logits,
+                scored_logits,
+                speculator.batch.root_positions[: len(slots)].long(),
                 sampled,
                 num_sampled,
             )

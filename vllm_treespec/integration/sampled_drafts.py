@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
+from vllm_treespec.core.propose.draft_tree import TreeGrower
 from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.draws import DrawnRule, Draws
@@ -49,6 +50,7 @@ class SampledDrafts:
         self._max_num_rows = max_num_rows
         self._free = list(range(num_blocks))
         self._blocks: dict[int, int] = {}  # request slot -> its block
+        self._placed: set[int] = set()  # slots whose waiting tree was drawn
         self._spare = num_blocks
         self.drawing = Drawing.allocate(
             kernels,
@@ -62,6 +64,7 @@ class SampledDrafts:
         self._block_of = torch.full(
             (max_num_reqs,), self._spare, dtype=torch.int64, device=device
         )
+        self._is_mixed = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
         self._rule = RULES[config.rule]
         max_num_nodes = config.num_speculative_tokens + 1
         self._paths = AcceptedPaths.allocate(max_num_reqs, max_num_nodes, device)
@@ -76,8 +79,13 @@ class SampledDrafts:
             seeds=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
         )
 
-    def add_request(self, slot: int) -> None:
-        """Let the request draw, if a block is left for it."""
+    def add_request(self, slot: int, *, mixes: bool) -> None:
+        """Let the request draw, if a block is left for it.
+
+        Args:
+            mixes: its nodes' likeliest children are not drawn.
+        """
+        self._is_mixed[slot] = mixes
         if self._free:
             self._blocks[slot] = self._free.pop()
             self._block_of[slot] = self._blocks[slot]
@@ -85,6 +93,7 @@ class SampledDrafts:
     def remove_request(self, slot: int) -> None:
         self.draws.sources[slot] = -1
         self.draws.drawn[slot] = 0
+        self._placed.discard(slot)
         block = self._blocks.pop(slot, None)
         if block is not None:
             self._free.append(block)
@@ -93,6 +102,10 @@ class SampledDrafts:
     def any_of(self, slots: list[int]) -> bool:
         """Whether one of these requests draws."""
         return any(slot in self._blocks for slot in slots)
+
+    def num_placed(self, slots: list[int]) -> int:
+        """How many of these requests' waiting trees were drawn."""
+        return sum(slot in self._placed for slot in slots)
 
     def prepare(
         self,
@@ -106,6 +119,8 @@ class SampledDrafts:
         is_drawn = blocks != self._spare
         drawing.is_drawn.zero_()
         drawing.is_drawn[rows] = is_drawn
+        drawing.is_mixed.zero_()
+        drawing.is_mixed[rows] = is_drawn & self._is_mixed[slots]
         drawing.temperatures[rows] = torch.where(is_drawn, temperatures[slots], 1.0)
         drawing.seeds[rows] = seeds[slots]
         self.draws.temperatures[slots] = drawing.temperatures[rows]
@@ -117,25 +132,30 @@ class SampledDrafts:
         self,
         slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
         candidates: DeviceCandidates,  # the draft's
-        nodes: torch.Tensor,  # [max_num_reqs, num_places] int32, see TreeGrower.nodes
+        grower: TreeGrower,  # which has just grown them
+        slot_list: list[int],  # the slots, on the host
     ) -> None:
         """Say what the slots' new trees were drawn from.
 
-        Drawn candidates are the first of the merged ones and cost nothing, so the
-        builder has put them first, in their order: candidate ``c`` is node ``c + 1``.
+        The candidates of requests that draw are the first of the merged ones and cost
+        nothing, so the builder has put them first, in their order: candidate ``c`` is
+        node ``c + 1``.
         """
         num_reqs = slots.shape[0]
+        self._placed.difference_update(slot_list)
+        self._placed.update(slot for slot in slot_list if slot in self._blocks)
         draws, drawing = self.draws, self.drawing
         max_num_nodes = draws.drawn.shape[1]
-        width = min(nodes.shape[1], max_num_nodes - 1)
+        width = min(grower.num_candidates, max_num_nodes - 1)
         counts = candidates.num_candidates[:num_reqs, None]
         columns = torch.arange(max_num_nodes, device=slots.device)
         is_drawn = drawing.is_drawn[:num_reqs, None] & (columns <= counts)
         rows = torch.full_like(is_drawn, -1, dtype=torch.int32)
         rows[:, 0] = 0
-        rows[:, 1 : width + 1] = nodes[:num_reqs, :width]
+        rows[:, 1 : width + 1] = grower.nodes[:num_reqs, :width]
         sources = drawing.blocks[:num_reqs, None] + rows
         draws.sources[slots] = torch.where(is_drawn & (rows >= 0), sources, -1).int()
+        is_drawn[:, 1 : width + 1] &= grower.drawn[:num_reqs, :width]
         draws.drawn[slots] = (is_drawn & (columns > 0)).int()
 
     def verify(
@@ -172,7 +192,8 @@ class SampledDrafts:
             mask = is_drawn[:, None] if target.dim() == 2 else is_drawn
             target.copy_(torch.where(mask, source, target))
 
-    def reset(self, slots: torch.Tensor) -> None:
+    def reset(self, slots: torch.Tensor, slot_list: list[int]) -> None:
         """Nothing was drawn for these slots' new trees."""
+        self._placed.difference_update(slot_list)
         self.draws.sources[slots] = -1
         self.draws.drawn[slots] = 0

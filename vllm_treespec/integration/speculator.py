@@ -187,8 +187,9 @@ class TreeSpeculator(DraftModelSpeculator):
             self.sampled.remove_request(slot)
             # A seed asks for the very tokens of another run: those of no speculation.
             may_draw = reason is None and sampling_params.seed is None
-            if may_draw and self._config.draws_at(sampling_params.temperature):
-                self.sampled.add_request(slot)
+            temperature = sampling_params.temperature
+            if may_draw and temperature > 0:
+                self.sampled.add_request(slot, mixes=self._config.mixes_at(temperature))
         if self.hosted is not None:
             self.hosted.add_request(slot, token_ids)
 
@@ -238,7 +239,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self._learn(input_batch, slots)
         if self.hosted is not None:
             self.hosted.fetch_sampled(slots, num_sampled)
-        draws = self._draws(input_batch, num_speculative_tokens)
+        slot_list = input_batch.idx_mapping_np.tolist()
+        draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
         offered = np.zeros(num_reqs, np.int32)
@@ -257,35 +259,42 @@ class TreeSpeculator(DraftModelSpeculator):
         self._num_drafts[input_batch.idx_mapping_np] = np.minimum(
             offered, num_speculative_tokens
         )
-        draft_tokens = self._build(slots, budgets, draws=draws)
+        draft_tokens = self._build(slots, budgets, slot_list, draws=draws)
         self._feedback.remember(slots, self.req_states.total_len.gpu)
         self._worth.end_step()
         if self.hosted is not None:
             self.hosted.learn(slots_np)
         return draft_tokens
 
-    def _draws(self, input_batch: Any, num_nodes: int) -> bool:
+    def _draws(self, slot_list: list[int], num_nodes: int) -> bool:
         """Whether a request of this batch has its children drawn."""
         return (
             self.sampled is not None
             and 0 in self.drafts
             and self._worth.drafting[0]
             and num_nodes > 0
-            and self.sampled.any_of(input_batch.idx_mapping_np.tolist())
+            and self.sampled.any_of(slot_list)
         )
 
     def _build(
-        self, slots: torch.Tensor, budgets: torch.Tensor, *, draws: bool
+        self,
+        slots: torch.Tensor,
+        budgets: torch.Tensor,
+        slot_list: list[int],
+        *,
+        draws: bool,
     ) -> torch.Tensor:
         chain_only, sampled = self._chain_only[slots], self.sampled
         if sampled is None:
             return self.builder.build(slots, budgets, chain_only)
         if not draws or 0 not in self.drafts:  # it may have failed meanwhile
-            sampled.reset(slots)
+            sampled.reset(slots, slot_list)
             return self.builder.build(slots, budgets, chain_only)
         is_drawn = sampled.drawing.is_drawn[: slots.shape[0]]
         draft_tokens = self.builder.build(slots, budgets, chain_only, is_drawn.clone())
-        sampled.place(slots, self.builder.candidates.of(0), self.drafts[0].grower.nodes)
+        sampled.place(
+            slots, self.builder.candidates.of(0), self.drafts[0].grower, slot_list
+        )
         return draft_tokens
 
     def _learn(self, input_batch: Any, slots: torch.Tensor) -> None:

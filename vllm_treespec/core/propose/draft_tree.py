@@ -53,6 +53,9 @@ class TreeGrower:
         self.nodes = torch.full(
             (max_num_reqs, self.num_candidates), -1, dtype=torch.int32, device=device
         )
+        # [max_num_reqs, num_candidates] bool: which candidates were drawn, by requests
+        # that draw.
+        self.drawn = torch.zeros_like(self.nodes, dtype=torch.bool)
         first_nodes = [0]
         for num_rows in shape.num_rows:
             first_nodes.append(first_nodes[-1] + num_rows)
@@ -90,9 +93,13 @@ class TreeGrower:
         out: DeviceCandidates,
         drawing: Drawing | None = None,
     ) -> None:
-        """Write every request's candidates: its likeliest, best first; or, if it draws,
-        those that its plan keeps, in the order of drawing."""
+        """Write every request's candidates: its likeliest, best first; or, if all are
+        drawn, those that its plan keeps, in the order of drawing."""
         num_reqs, shape = logits.shape[0], self.shape
+        all_drawn = None
+        if drawing is not None:
+            all_drawn = drawing.is_drawn[:num_reqs] & ~drawing.is_mixed[:num_reqs]
+            all_drawn = all_drawn[:, None]
         fits = roots[:, None] + self._room <= max_len
         num_levels = torch.where(active, fits.sum(1), 0)  # fits is monotone
         row_scores = logits.new_zeros(num_reqs, 1, dtype=torch.float32)
@@ -100,33 +107,36 @@ class TreeGrower:
         row_nodes = torch.zeros_like(row_places)
         levels: list[_Level] = []
         for depth, num_children in enumerate(shape.num_children):
-            noisy = logits
+            num_fixed = shape.num_fixed(depth)
+            keys = logits
             if drawing is not None:
                 first = self.first_nodes[depth]
-                logits, noisy = drawing.perturb(logits, first, roots + depth)
+                logits, keys = drawing.perturb(logits, first, roots + depth, num_fixed)
             children, log_probs = _best_children(
-                logits, noisy, temperatures, num_children
+                logits, keys, temperatures, num_children
             )
+            if drawing is not None:
+                log_probs = drawing.score(log_probs, num_reqs, num_fixed)
             kept = shape.kept(depth)
             rows = kept // num_children
             scores = row_scores[:, rows] + log_probs.view(num_reqs, -1)[:, kept]
             scores.masked_fill_((num_levels <= depth)[:, None], -torch.inf)
-            if drawing is not None:
-                planned = shape.planned(depth) | ~drawing.is_drawn[:num_reqs, None]
+            if all_drawn is not None:
+                planned = shape.planned(depth) | ~all_drawn
                 scores.masked_fill_(~planned, -torch.inf)
             level = _Level(
                 token_ids=children.view(num_reqs, -1)[:, kept],
                 parents=row_places[:, rows],
                 scores=scores,
                 nodes=torch.full_like(scores, -1, dtype=torch.int32),
+                is_fixed=(kept % num_children < num_fixed).expand_as(scores),
             )
             levels.append(level)
             if depth + 1 == self.depth:
                 break
             chosen = shape.next_rows(depth, scores)
-            if drawing is not None:
-                draws = drawing.is_drawn[:num_reqs, None]
-                chosen = torch.where(draws, shape.planned_rows(depth), chosen)
+            if all_drawn is not None:
+                chosen = torch.where(all_drawn, shape.planned_rows(depth), chosen)
             first, last = self.first_nodes[depth + 1 : depth + 3]
             self._see_ancestors(row_nodes.gather(1, rows[chosen]), first, last)
             row_scores = scores.gather(1, chosen)
@@ -142,8 +152,17 @@ class TreeGrower:
                     first,
                 )
             )
-        is_drawn = None if drawing is None else drawing.is_drawn[:num_reqs, None]
-        _rank(_Level.concatenate(levels), is_drawn, out, self.nodes)
+        found = _Level.concatenate(levels)
+        best = _rank(found, all_drawn, out)
+        width = best.shape[1]
+        self.nodes[:num_reqs, :width] = found.nodes.gather(1, best)
+        if drawing is None or all_drawn is None:
+            return
+        self.drawn[:num_reqs, :width] = all_drawn | ~found.is_fixed.gather(1, best)
+        # Other proposers' candidates share the tree with them.
+        counts = out.num_candidates[:num_reqs]
+        is_mixed = drawing.is_mixed[:num_reqs]
+        counts.copy_(torch.where(is_mixed, counts.clamp(max=shape.num_planned), counts))
 
     def _see_ancestors(self, parents: torch.Tensor, first: int, last: int) -> None:
         """Let nodes ``first`` to ``last`` see their parents' ancestors and themselves.
@@ -166,6 +185,7 @@ class _Level:
     parents: torch.Tensor  # [num_reqs, num_places] int64, places, -1: the root
     scores: torch.Tensor  # [num_reqs, num_places] float32, -inf: not a candidate
     nodes: torch.Tensor  # [num_reqs, num_places] int32, -1: the draft did not run on it
+    is_fixed: torch.Tensor  # [num_reqs, num_places] bool, even where a node mixes
 
     @classmethod
     def concatenate(cls, levels: list[_Level]) -> _Level:
@@ -174,17 +194,18 @@ class _Level:
             torch.cat([each.parents for each in levels], 1),
             torch.cat([each.scores for each in levels], 1),
             torch.cat([each.nodes for each in levels], 1),
+            torch.cat([each.is_fixed for each in levels], 1),
         )
 
 
 def _best_children(
     logits: torch.Tensor,  # [num_rows, vocab_size]
-    noisy: torch.Tensor,  # [num_rows, vocab_size], what decides which are best
+    keys: torch.Tensor,  # [num_rows, vocab_size], what decides which are best
     temperatures: torch.Tensor,  # [num_reqs] float32, each for as many rows
     num_children: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens int32 and log-probabilities float32, ``[num_rows, num_children]``."""
-    token_ids = noisy.topk(num_children, dim=-1).indices
+    token_ids = keys.topk(num_children, dim=-1).indices
     chunk = max(1, MAX_NORMALISED // logits.shape[1])
     num_reqs, num_rows = temperatures.shape[0], logits.shape[0]
     divisors = temperatures.repeat_interleave(
@@ -202,15 +223,15 @@ def _best_children(
 
 def _rank(
     found: _Level,
-    is_drawn: torch.Tensor | None,  # [num_reqs, 1] bool
+    all_drawn: torch.Tensor | None,  # [num_reqs, 1] bool
     out: DeviceCandidates,
-    out_nodes: torch.Tensor,  # [max_num_reqs, max_candidates] int32
-) -> None:
-    """The best places, best first. Path scores only fall from parent to child, and a
-    parent's place is below its child's, so a stable order keeps parents in front.
+) -> torch.Tensor:
+    """The best places, best first: ``[num_reqs, width]`` int64. Path scores only fall
+    from parent to child, and a parent's place is below its child's, so a stable order
+    keeps parents in front.
 
-    Drawn candidates stay in the order of their places, whatever their scores: that is
-    the order in which they were drawn.
+    Where all are drawn they stay in the order of their places, whatever their scores:
+    that is the order in which they were drawn.
     """
     num_reqs, num_places = found.token_ids.shape
     width = min(out.token_ids.shape[1], num_places)
@@ -219,8 +240,8 @@ def _rank(
         nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf
     )
     keys = scores
-    if is_drawn is not None:
-        keys = torch.where(is_drawn & scores.isfinite(), 0.0, scores)
+    if all_drawn is not None:
+        keys = torch.where(all_drawn & scores.isfinite(), 0.0, scores)
     order = keys.sort(dim=1, descending=True, stable=True).indices
     rank_of = order.argsort(dim=1)
     best = order[:, :width]
@@ -231,7 +252,7 @@ def _rank(
     out.parents[:num_reqs, :width] = torch.where(parents < 0, -1, parent_ranks).int()
     out.scores[:num_reqs, :width] = scores
     out.num_candidates[:num_reqs] = scores.isfinite().sum(1)
-    out_nodes[:num_reqs, :width] = found.nodes.gather(1, best)
+    return best
 
 
 def _own_bits(masks: torch.Tensor) -> torch.Tensor:

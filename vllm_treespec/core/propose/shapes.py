@@ -13,6 +13,10 @@ import torch
 
 from vllm_treespec.core.propose.template import TreeTemplate
 
+# Of 1, 2, 3 and 7 likeliest children beside a drawn one, 3 are accepted most at T=0.6
+# on the bundled pair.
+NUM_FIXED = 3
+
 
 class Shape(Protocol):
     """How a draft tree grows. Every number is known before the first step."""
@@ -34,6 +38,13 @@ class Shape(Protocol):
 
         Decided beforehand, for to choose among drawn children would bias them.
         """
+
+    @property
+    def num_planned(self) -> int:
+        """Children that stay on all levels together."""
+
+    def num_fixed(self, level: int) -> int:
+        """Children of a row that are its likeliest if it mixes: one more is drawn."""
 
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         """The next level's rows among the kept children.
@@ -77,6 +88,7 @@ class BestFirst:
         self.num_rows = tuple(num_rows)
         self.num_children = (num_children,) * depth
         self._device = device
+        self.num_planned = 0
         self._planned: list[torch.Tensor] = []
         self._planned_rows: list[torch.Tensor] = []
         nodes = [-1]  # of the template in this level's rows, -1: the root
@@ -84,6 +96,7 @@ class BestFirst:
             kept = _children_in_rows(drawn, nodes[:count], num_children)
             places = range(count * num_children)
             stays = [drawn is None or place in kept for place in places]
+            self.num_planned += sum(stays)
             self._planned.append(torch.tensor(stays, device=device))
             if level + 1 == depth:
                 break
@@ -105,6 +118,9 @@ class BestFirst:
     def planned(self, level: int) -> torch.Tensor:
         return self._planned[level]
 
+    def num_fixed(self, level: int) -> int:
+        return min(NUM_FIXED, self.num_children[level] - 1)
+
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         return scores.topk(self.num_rows[level + 1], dim=1).indices
 
@@ -116,6 +132,7 @@ class FixedShape:
     """Grows the same tree every step, whatever the draft model's probabilities."""
 
     def __init__(self, template: TreeTemplate, device: torch.device) -> None:
+        self.num_planned = len(template.parents)
         nodes_at: list[list[int]] = [[] for _ in range(template.depth)]
         for node, depth in enumerate(template.depths):
             nodes_at[depth - 1].append(node)
@@ -147,6 +164,9 @@ class FixedShape:
 
     def planned(self, level: int) -> torch.Tensor:
         return torch.ones_like(self._kept[level], dtype=torch.bool)
+
+    def num_fixed(self, level: int) -> int:
+        return self.num_children[level] - 1
 
     def next_rows(self, level: int, scores: torch.Tensor) -> torch.Tensor:
         return self._next_rows[level].expand(scores.shape[0], -1)
