@@ -69,7 +69,7 @@ DRAWN = ("without_replacement", "traversal")
 VERIFY = ("auto", "target_only", *DRAWN)
 DEFAULT_RULE = "traversal"
 DRAW = ("auto", "without_replacement", "mixed")
-# Below, children that are mostly fixed are accepted more often than drawn ones: see
+# Below, the likeliest children are accepted as often as drawn ones, or more often: see
 # benchmarks/results/verification_rules.md.
 DEFAULT_DRAWN_FROM = 0.7
 SHAPES = ("best_first", "static", "sequoia")
@@ -169,9 +169,9 @@ class TreeSpecConfig:
     ``auto``: ``traversal`` where there is a draft model, else ``target_only``."""
 
     draw: str = "auto"
-    """Which children are drawn. ``without_replacement``: all of them; ``mixed``: one
-    per node, beside its likeliest; ``auto``: all from a temperature of 0.7 on, below
-    ``mixed``."""
+    """Which children of sampled requests are drawn. ``without_replacement``: all of
+    them; ``mixed``: one per node, beside its likeliest; ``auto``: all from a temperature
+    of 0.7 on, none below."""
 
     draft_logits_gib: float = 1.0
     """Device memory for what children were drawn from; sampled requests for which it
@@ -239,11 +239,10 @@ class TreeSpecConfig:
             return DEFAULT_RULE if self.draft_models else "target_only"
         return self.verify
 
-    def mixes_at(self, temperature: float) -> bool:
-        """Whether a drawn tree of this temperature draws one child per node only."""
-        if self.draw == "auto":
-            return temperature < DEFAULT_DRAWN_FROM
-        return self.draw == "mixed"
+    def draws_at(self, temperature: float) -> bool:
+        """Whether a request of this temperature has children drawn."""
+        least = DEFAULT_DRAWN_FROM if self.draw == "auto" else 0.0
+        return self.rule != "target_only" and temperature > 0 and temperature >= least
 
     @property
     def num_drawn(self) -> int:

@@ -102,16 +102,18 @@ def test_names_the_value_the_bound_and_the_fix(raw, message):
     assert message in str(error.value)
 
 
-def test_trees_mix_where_it_pays_or_where_the_user_says_so():
-    temperatures = (0.1, 0.6, 0.7, 1.0)
-    expected = {
-        "auto": [True, True, False, False],
-        "without_replacement": [False] * 4,
-        "mixed": [True] * 4,
-    }
-    for draw, mixes in expected.items():
-        config = TreeSpecConfig(proposers=(DraftModelConfig(model="small"),), draw=draw)
-        assert [config.mixes_at(t) for t in temperatures] == mixes
+def test_children_are_drawn_where_it_pays_or_where_the_user_says_so():
+    small, temperatures = (DraftModelConfig(model="small"),), (0.0, 0.1, 0.6, 0.7, 1.0)
+    for config, draws in (
+        (TreeSpecConfig(proposers=small), [False, False, False, True, True]),
+        (
+            TreeSpecConfig(proposers=small, draw="mixed"),
+            [False, True, True, True, True],
+        ),
+        (TreeSpecConfig(proposers=small, verify="target_only"), [False] * 5),
+        (TreeSpecConfig(), [False] * 5),
+    ):
+        assert [config.draws_at(t) for t in temperatures] == draws
 
 
 def test_draft_models_come_first():

@@ -64,7 +64,7 @@ class SampledDrafts:
         self._block_of = torch.full(
             (max_num_reqs,), self._spare, dtype=torch.int64, device=device
         )
-        self._is_mixed = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
+        self._mixes = config.draw == "mixed"
         self._rule = RULES[config.rule]
         max_num_nodes = config.num_speculative_tokens + 1
         self._paths = AcceptedPaths.allocate(max_num_reqs, max_num_nodes, device)
@@ -79,13 +79,8 @@ class SampledDrafts:
             seeds=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
         )
 
-    def add_request(self, slot: int, *, mixes: bool) -> None:
-        """Let the request draw, if a block is left for it.
-
-        Args:
-            mixes: its nodes' likeliest children are not drawn.
-        """
-        self._is_mixed[slot] = mixes
+    def add_request(self, slot: int) -> None:
+        """Let the request draw, if a block is left for it."""
         if self._free:
             self._blocks[slot] = self._free.pop()
             self._block_of[slot] = self._blocks[slot]
@@ -120,7 +115,7 @@ class SampledDrafts:
         drawing.is_drawn.zero_()
         drawing.is_drawn[rows] = is_drawn
         drawing.is_mixed.zero_()
-        drawing.is_mixed[rows] = is_drawn & self._is_mixed[slots]
+        drawing.is_mixed[rows] = is_drawn & self._mixes
         drawing.temperatures[rows] = torch.where(is_drawn, temperatures[slots], 1.0)
         drawing.seeds[rows] = seeds[slots]
         self.draws.temperatures[slots] = drawing.temperatures[rows]

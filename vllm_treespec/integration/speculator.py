@@ -187,9 +187,8 @@ class TreeSpeculator(DraftModelSpeculator):
             self.sampled.remove_request(slot)
             # A seed asks for the very tokens of another run: those of no speculation.
             may_draw = reason is None and sampling_params.seed is None
-            temperature = sampling_params.temperature
-            if may_draw and temperature > 0:
-                self.sampled.add_request(slot, mixes=self._config.mixes_at(temperature))
+            if may_draw and self._config.draws_at(sampling_params.temperature):
+                self.sampled.add_request(slot)
         if self.hosted is not None:
             self.hosted.add_request(slot, token_ids)
 
