@@ -76,13 +76,8 @@ SHAPES = ("best_first", "static", "sequoia")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DraftModelConfig:
-    """Options of a ``draft_model`` proposer: a small model with the target's tokens."""
-
-    type: ClassVar[str] = "draft_model"
-
-    model: str = ""
-    """Checkpoint directory or name, anything that vLLM loads as a decoder."""
+class DeviceConfig:
+    """Options of every proposer that grows its trees with a model, level by level."""
 
     depth: int = 6
     """Longest drafted path in tokens, one forward of the draft each."""
@@ -104,22 +99,7 @@ class DraftModelConfig:
     """How often the draft's k-th choice is the target's (``sequoia``); a list, or the
     file that ``vllm-treespec tune sequoia`` wrote."""
 
-    revision: str | None = None
-    """Branch, tag or commit of the draft's repository."""
-
-    quantization: str | None = None
-    """As vLLM's ``--quantization``; None reads it from the checkpoint."""
-
-    dtype: str = "auto"
-    """As vLLM's ``--dtype``; ``auto`` is the target's."""
-
-    max_model_len: int | None = None
-    """Positions the draft is used for; past them it falls silent. None: all that it
-    was trained for."""
-
     def problems(self) -> Iterator[str]:
-        if not self.model:
-            yield "model is missing: name a checkpoint with the target's vocabulary"
         yield from _out_of_range("depth", self.depth, 1, 64)
         yield from _out_of_range("width", self.width, 1, 256)
         yield from _out_of_range("top_k", self.top_k, 1, 256)
@@ -136,8 +116,6 @@ class DraftModelConfig:
             is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
             if not is_number or not 0 <= rate <= 1:
                 yield f"acceptance[{rank}]={rate!r}: must be in [0, 1]"
-        if self.max_model_len is not None:
-            yield from _out_of_range("max_model_len", self.max_model_len, 1, 2**31 - 1)
 
     @property
     def num_static_nodes(self) -> int:
@@ -146,9 +124,85 @@ class DraftModelConfig:
         return sum(prod(self.branching[:level]) for level in levels)
 
 
-ProposerConfig = SuffixConfig | NgramConfig | DraftModelConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftModelConfig(DeviceConfig):
+    """Options of a ``draft_model`` proposer: a small model with the target's tokens."""
+
+    type: ClassVar[str] = "draft_model"
+
+    model: str = ""
+    """Checkpoint directory or name, anything that vLLM loads as a decoder."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the draft's repository."""
+
+    quantization: str | None = None
+    """As vLLM's ``--quantization``; None reads it from the checkpoint."""
+
+    dtype: str = "auto"
+    """As vLLM's ``--dtype``; ``auto`` is the target's."""
+
+    max_model_len: int | None = None
+    """Positions the draft is used for; past them it falls silent. None: all that it
+    was trained for."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.model:
+            yield "model is missing: name a checkpoint with the target's vocabulary"
+        yield from super(DraftModelConfig, self).problems()
+        if self.max_model_len is not None:
+            yield from _out_of_range("max_model_len", self.max_model_len, 1, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkipSet:
+    """Sub-layers of the target that a draft leaves out, by the index of their layer."""
+
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+    """Feed-forward layers, mixtures of experts included."""
+
+    model: str | None = None
+    """Name of the model that the set was tuned for; the others say which one that is."""
+    num_layers: int | None = None
+    fingerprint: str | None = None
+
+    def problems(self) -> Iterator[str]:
+        for name in ("attention", "mlp"):
+            layers = getattr(self, name)
+            for layer in layers:
+                yield from _out_of_range(f"{name}: layer", layer, 0, 2**16)
+            if len(set(layers)) < len(layers):
+                yield f"{name}={list(layers)}: names a layer twice"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSkipConfig(DeviceConfig):
+    """Options of the ``layer_skip`` proposer: the target itself, with layers skipped."""
+
+    type: ClassVar[str] = "layer_skip"
+
+    skip: SkipSet | None = None
+    """``{"attention": [...], "mlp": [...]}``, or the file that ``vllm-treespec tune
+    layer-skip`` wrote; None: every other layer but the first and the last two."""
+
+    early_stop: bool = True
+    """Grow no deeper once the draft is not sure enough; waits for the device at each
+    level."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super(LayerSkipConfig, self).problems()
+        if self.skip is not None:
+            for problem in self.skip.problems():
+                yield f"skip.{problem}"
+        if not isinstance(self.early_stop, bool):
+            yield f"early_stop={self.early_stop!r}: must be true or false"
+
+
+ProposerConfig = SuffixConfig | NgramConfig | DraftModelConfig | LayerSkipConfig
 PROPOSERS: dict[str, type[ProposerConfig]] = {
-    config.type: config for config in (SuffixConfig, NgramConfig, DraftModelConfig)
+    config.type: config
+    for config in (SuffixConfig, NgramConfig, DraftModelConfig, LayerSkipConfig)
 }
 
 
@@ -165,8 +219,8 @@ class TreeSpecConfig:
     verify: str = "auto"
     """How drafts of sampled requests are verified. ``target_only``: likeliest
     children, the target's own pick is followed; ``without_replacement``, ``traversal``:
-    children drawn from the first draft model, by the rejection rule of that name;
-    ``auto``: ``traversal`` where there is a draft model, else ``target_only``."""
+    children drawn from the first proposer that runs a model, by the rejection rule of
+    that name; ``auto``: ``traversal`` where there is one, else ``target_only``."""
 
     draw: str = "auto"
     """Which children of sampled requests are drawn. ``without_replacement``: all of
@@ -184,9 +238,10 @@ class TreeSpecConfig:
     """``triton``, ``torch`` (their slow twins), or ``auto``: Triton on a GPU."""
 
     def __post_init__(self) -> None:
-        # Draft models first: what one has drawn keeps its order when trees are merged.
-        hosted = tuple(each for each in self.proposers if each not in self.draft_models)
-        object.__setattr__(self, "proposers", self.draft_models + hosted)
+        # First those that can draw: what is drawn keeps its order when trees are merged.
+        on_device = self.device_proposers
+        hosted = tuple(each for each in self.proposers if each not in on_device)
+        object.__setattr__(self, "proposers", on_device + hosted)
         if problems := list(self._problems()):
             raise ConfigError("invalid treespec config:\n  " + "\n  ".join(problems))
 
@@ -196,7 +251,11 @@ class TreeSpecConfig:
         )
         if not self.proposers:
             yield f"tree.proposers=[]: name at least one of {sorted(PROPOSERS)}"
-        types = [each.type for each in self.proposers if each not in self.draft_models]
+        types = [
+            each.type
+            for each in self.proposers
+            if not isinstance(each, DraftModelConfig)
+        ]
         for name in sorted({name for name in types if types.count(name) > 1}):
             yield f"tree.proposers: {name!r} is listed twice, list it once"
         if len(self.proposers) > MAX_PROPOSERS:
@@ -204,7 +263,7 @@ class TreeSpecConfig:
         for position, proposer in enumerate(self.proposers):
             for problem in proposer.problems():
                 yield f"tree.proposers[{position}].{problem}"
-        for draft in self.draft_models:
+        for draft in self.device_proposers:
             if draft.num_static_nodes > self.num_speculative_tokens:
                 yield (
                     f"branching={list(draft.branching)} makes "
@@ -213,8 +272,11 @@ class TreeSpecConfig:
                 )
         if self.verify not in VERIFY:
             yield f"tree.verify={self.verify!r}: must be one of {list(VERIFY)}"
-        elif self.verify in DRAWN and not self.draft_models:
-            yield f"tree.verify={self.verify!r}: only draft models can draw children"
+        elif self.verify in DRAWN and not self.device_proposers:
+            yield (
+                f"tree.verify={self.verify!r}: only draft_model and layer_skip can draw "
+                "children"
+            )
         if self.draw not in DRAW:
             yield f"tree.draw={self.draw!r}: must be one of {list(DRAW)}"
         gib = self.draft_logits_gib
@@ -226,17 +288,19 @@ class TreeSpecConfig:
             yield f"tree.kernels={self.kernels!r}: must be one of {list(KERNELS)}"
 
     @property
-    def draft_models(self) -> tuple[DraftModelConfig, ...]:
-        """The proposers that are draft models, in order."""
+    def device_proposers(self) -> tuple[DraftModelConfig | LayerSkipConfig, ...]:
+        """The proposers that run a model, in order."""
         return tuple(
-            each for each in self.proposers if isinstance(each, DraftModelConfig)
+            each
+            for each in self.proposers
+            if isinstance(each, DraftModelConfig | LayerSkipConfig)
         )
 
     @property
     def rule(self) -> str:
         """The verification rule of sampled requests."""
         if self.verify == "auto":
-            return DEFAULT_RULE if self.draft_models else "target_only"
+            return DEFAULT_RULE if self.device_proposers else "target_only"
         return self.verify
 
     def draws_at(self, temperature: float) -> bool:
@@ -267,7 +331,7 @@ class TreeSpecConfig:
         """Longest path of a tree, in tokens."""
         depths = [
             len(each.branching)
-            if isinstance(each, DraftModelConfig) and each.branching
+            if isinstance(each, DeviceConfig) and each.branching
             else each.depth
             for each in self.proposers
         ]
@@ -334,7 +398,10 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
     _refuse_unknown(where, raw, ("type", *(option.name for option in fields(config))))
     options = {key: value for key, value in raw.items() if key != "type"}
     if isinstance(options.get("acceptance"), str):
-        options["acceptance"] = _read_acceptance(where, options["acceptance"])
+        content = _read_tuned(where, "acceptance", options["acceptance"], "sequoia")
+        options["acceptance"] = content.get("acceptance")
+    if options.get("skip") is not None:
+        options["skip"] = _parse_skip(where, options["skip"])
     for name in ("branching", "acceptance"):
         if name in options:
             _require(f"{where}.{name}", options[name], list | tuple, "a list")
@@ -342,14 +409,31 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
     return config(**options)
 
 
-def _read_acceptance(where: str, path: str) -> list[float]:
+def _parse_skip(where: str, raw: Any) -> SkipSet:
+    if isinstance(raw, str):
+        raw = _read_tuned(where, "skip", raw, "layer-skip")
+        # The file also says how well the set did.
+        raw = {each.name: raw.get(each.name) for each in fields(SkipSet)}
+    where = f"{where}.skip"
+    _require(where, raw, Mapping, 'a file, or {"attention": [...], "mlp": [...]}')
+    _refuse_unknown(where, raw, tuple(each.name for each in fields(SkipSet)))
+    options = dict(raw)
+    for name in ("attention", "mlp"):
+        layers = options.get(name, ())
+        _require(f"{where}.{name}", layers, list | tuple, "a list of layers")
+        options[name] = tuple(layers)
+    return SkipSet(**options)
+
+
+def _read_tuned(where: str, option: str, path: str, what: str) -> dict[str, Any]:
+    """The object in a file that ``vllm-treespec tune`` wrote."""
     try:
         with open(path) as file:
-            return list(json.load(file)["acceptance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{where}.acceptance={path!r}: {type(error).__name__}: {error}; "
-            "'vllm-treespec tune sequoia' writes such a file"
+            f"{where}.{option}={path!r}: {type(error).__name__}: {error}; "
+            f"'vllm-treespec tune {what}' writes such a file"
         ) from error
 
 

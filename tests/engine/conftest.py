@@ -79,6 +79,33 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
+def deep_model_path(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], str]:
+    """Directory of a random model of four layers, whose later ones say less."""
+    made: dict[str, str] = {}
+
+    def path(architecture: str) -> str:
+        if architecture not in made:
+            torch.manual_seed(0)
+            config = ARCHITECTURES[architecture]()
+            config.num_hidden_layers = 4
+            if getattr(config, "layer_types", None):
+                config.layer_types = (config.layer_types * 2)[:4]
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if name.endswith(("o_proj.weight", "down_proj.weight")):
+                        weight *= 0.5
+            directory = tmp_path_factory.mktemp(f"deep-{architecture}")
+            model.float().save_pretrained(directory)
+            made[architecture] = str(directory)
+        return made[architecture]
+
+    return path
+
+
+@pytest.fixture(scope="session")
 def draft_path(
     model_path: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., str]:

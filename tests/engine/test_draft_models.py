@@ -106,10 +106,10 @@ def exactness(monkeypatch):
         states, out = draft._req_states, draft._out
         # A random request and path of each step, or all of it would take minutes.
         row = random.Random(len(checked)).randrange(num_reqs)
-        original(draft, num_reqs, **options)
+        offered = original(draft, num_reqs, **options)
         count = int(out.num_candidates[row])
         if not draft._active[row] or count == 0:
-            return
+            return offered
         end, slot = int(draft._ends[row]), int(draft._slots[row])
         history = states.all_token_ids.gpu[slot, :end].tolist()
         logits = draft._logits(draft._newest_hidden[: row + 1])[row]
@@ -129,6 +129,7 @@ def exactness(monkeypatch):
             out.scores[row, path[-1]], score, rtol=1e-3, atol=1e-3
         )
         checked.append(len(path))
+        return offered
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     return checked
@@ -284,9 +285,10 @@ def test_a_draft_falls_silent_past_its_own_limit(
     original = DraftModel.propose
 
     def propose(draft, num_reqs, **options):
-        original(draft, num_reqs, **options)
+        offered = original(draft, num_reqs, **options)
         drafted = draft._out.num_candidates[:num_reqs] > 0
         furthest.extend((draft._ends[:num_reqs][drafted]).tolist())
+        return offered
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     engine = check(
@@ -369,7 +371,7 @@ def test_a_draft_that_raises_is_dismissed_and_requests_go_on(
         calls.append(num_reqs)
         if len(calls) == 5:
             raise RuntimeError("a broken draft")
-        original(draft, num_reqs, **options)
+        return original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     check(model_path("llama"), prompts(), max_tokens=20)
@@ -388,7 +390,7 @@ def test_a_draft_that_does_not_pay_rests(
 
     def propose(draft, num_reqs, **options):
         grown.append(draft)
-        original(draft, num_reqs, **options)
+        return original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
     batch = prompts(1)

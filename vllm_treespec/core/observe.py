@@ -27,6 +27,19 @@ def marginal_acceptance(
     return (lengths[:, None] - kept).sum(0)
 
 
+def accepted_levels(
+    proposers: torch.Tensor,  # [num_reqs, max_num_nodes] int32, per node a bit per one
+    nodes: torch.Tensor,  # [num_reqs, max_num_nodes] int32, accepted path, root first
+    lengths: torch.Tensor,  # [num_reqs] int32, accepted nodes, root excluded
+    proposer: int,
+) -> torch.Tensor:  # [num_reqs] int64
+    """How far down the accepted path all nodes are, among others, this proposer's."""
+    bits = proposers.gather(1, nodes.long())[:, 1:]
+    depths = torch.arange(1, nodes.shape[1], device=nodes.device)
+    is_own = (bits >> proposer & 1).bool() & (depths <= lengths[:, None])
+    return is_own.cumprod(1).sum(1)
+
+
 def walk(
     token_ids: Sequence[int],  # per node; the root's is not looked at
     parents: Sequence[int],  # per node, root -1

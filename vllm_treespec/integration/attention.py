@@ -32,6 +32,7 @@ class TreeMetadata:
     seq_lens: torch.Tensor  # [num_reqs] int32
     block_table: torch.Tensor  # [num_reqs, max_num_blocks] int32
     max_query_len: int
+    trees: BatchTrees | None = None  # else those that the layer is bound to
 
 
 class TreeForward:
@@ -78,7 +79,7 @@ class TreeForward:
         assert output_scale is None, "fused output quantization is not announced"
         key_cache = kv_cache[..., : self.head_size]
         value_cache = kv_cache[..., self.head_size :]
-        batch = self._batch
+        batch = getattr(attn_metadata, "trees", None) or self._batch
         self._kernels.tree_attention(
             query,
             key_cache,

@@ -1,4 +1,4 @@
-"""What vLLM needs to know about draft models before any of them is loaded."""
+"""What vLLM needs to know about drafts on the device before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ class TreeVllmConfig(VllmConfig):
         return num_lookahead_tokens(from_vllm_config(self))
 
 
-def apply_draft_models(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
-    """Make room for the draft models.
+def apply_drafts(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
+    """Make room for the proposers that run a model.
 
     Raises:
         ConfigError: naming everything that keeps one of them from running.
     """
-    if not config.draft_models:
+    if not config.device_proposers:
         return
     if problems := list(_problems(vllm_config, config)):
-        raise ConfigError(
-            "treespec draft models cannot run:\n  " + "\n  ".join(problems)
-        )
+        raise ConfigError("treespec proposers cannot run:\n  " + "\n  ".join(problems))
     # The scheduler and the warm-up of every process ask the configuration itself.
     vllm_config.__class__ = TreeVllmConfig
     scheduler = vllm_config.scheduler_config
@@ -47,8 +45,13 @@ def apply_draft_models(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
 def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
     target = vllm_config.model_config
     scheduler = vllm_config.scheduler_config
-    for draft in config.draft_models:
-        model = draft_model_config(draft, target)
+    for draft in config.device_proposers:
+        model = target
+        if isinstance(draft, DraftModelConfig):
+            model = draft_model_config(draft, target)
+        elif vllm_config.lora_config is not None:
+            yield "layer_skip drafts without adapters: switch LoRA off"
+        name = f"{draft.type} {model.model!r}"
         if vllm_config.parallel_config.data_parallel_size > 1 and (
             target.is_moe or model.is_moe
         ):
@@ -68,8 +71,8 @@ def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
         shortest = min(model.max_model_len, target.max_model_len)
         if sum(num_rows) >= shortest:
             yield (
-                f"draft_model {draft.model!r} runs on {sum(num_rows)} tree nodes: must "
-                f"be fewer than the {shortest} positions that it and the target have"
+                f"{name} runs on {sum(num_rows)} tree nodes: must be fewer than the "
+                f"{shortest} positions that it and the target have"
             )
 
 
@@ -83,7 +86,7 @@ def num_lookahead_tokens(config: TreeSpecConfig) -> int:
     max_nodes = config.num_speculative_tokens
     return max(
         sum(make_shape(draft, max_nodes, _CPU).num_rows)
-        for draft in config.draft_models
+        for draft in config.device_proposers
     )
 
 

@@ -41,9 +41,9 @@ def wrap_create_engine_config(
             vllm_config = original(self, usage_context, headless)
         refuse_unsupported(vllm_config)
         # Imported late: vLLM loads plugins before it has read its own configuration.
-        from vllm_treespec.integration.draft_config import apply_draft_models
+        from vllm_treespec.integration.draft_config import apply_drafts
 
-        apply_draft_models(vllm_config, config)
+        apply_drafts(vllm_config, config)
         return vllm_config
 
     return create_engine_config

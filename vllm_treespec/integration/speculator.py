@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_treespec.config import ConfigError, DraftModelConfig
+from vllm_treespec.config import ConfigError, DraftModelConfig, LayerSkipConfig
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.feedback import Feedback
@@ -25,10 +25,12 @@ from vllm_treespec.core.propose.factory import make_proposers
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
+from vllm_treespec.integration.device_draft import DeviceDraft
 from vllm_treespec.integration.draft_model import DraftModel
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason, count_fallback
 from vllm_treespec.integration.host_drafts import HostDrafts
+from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.model_state import TreeModelState
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.worth import Worth
@@ -71,7 +73,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # garbage. Draft models run on every rank, as vLLM's own do.
         self._ranks = get_tp_group()
         self.hosted: HostDrafts | None = None
-        if len(config.draft_models) < len(config.proposers):
+        if len(config.device_proposers) < len(config.proposers):
             self.hosted = HostDrafts(
                 make_proposers(config, max_num_reqs=max_num_reqs)
                 if self._ranks.is_first_rank
@@ -82,19 +84,9 @@ class TreeSpeculator(DraftModelSpeculator):
                 req_states=req_states,
                 device=device,
             )
-        self.drafts = {
-            index: DraftModel(
-                each,
-                vllm_config,
-                max_accepted=config.max_depth,
-                num_drawn=config.num_drawn if index == 0 else 0,
-                prefix=f"draft_model_{index}",
-                req_states=req_states,
-                out=self.builder.candidates.of(index),
-                device=device,
-            )
-            for index, each in enumerate(config.proposers)
-            if isinstance(each, DraftModelConfig)
+        self.drafts: dict[int, DeviceDraft] = {
+            index: self._make_draft(index, each)
+            for index, each in enumerate(config.device_proposers)
         }
         self.sampled: SampledDrafts | None = None
         if config.num_drawn:
@@ -121,6 +113,25 @@ class TreeSpeculator(DraftModelSpeculator):
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
+
+    def _make_draft(
+        self, index: int, config: DraftModelConfig | LayerSkipConfig
+    ) -> DeviceDraft:
+        options: dict[str, Any] = {
+            "num_drawn": self._config.num_drawn if index == 0 else 0,
+            "req_states": self.req_states,
+            "out": self.builder.candidates.of(index),
+            "device": self.device,
+        }
+        if isinstance(config, LayerSkipConfig):
+            return LayerSkip(config, self.vllm_config, **options)
+        return DraftModel(
+            config,
+            self.vllm_config,
+            max_accepted=self._config.max_depth,
+            prefix=f"draft_model_{index}",
+            **options,
+        )
 
     def _set_what_the_runner_reads(self) -> None:
         self.model = None
@@ -152,8 +163,8 @@ class TreeSpeculator(DraftModelSpeculator):
         for name, layer in layers.items():
             bind_layer(name, layer, self.kernels, self.batch)
         for draft in self.drafts.values():
-            draft.load(self.kernels)
-            self.draft_attn_layer_names |= draft.layer_names
+            draft.load(self.kernels, target_model)
+            self.draft_attn_layer_names |= draft.own_layer_names
         target_model.get_model_state_cls = lambda: TreeModelState.bound_to(self)  # type: ignore[assignment]
 
     def set_attn(
@@ -302,6 +313,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self._worth.stopwatch.step()
         if input_batch.num_draft_tokens:  # else the paths are those of an older step
             self._worth.observe(self.trees, self.paths, slots)
+            for index, draft in self.drafts.items():
+                draft.learn(self.trees, self.paths, slots, index)
         self.builder.learn(
             *self._feedback.emitted(states.all_token_ids.gpu, states.total_len.gpu)
         )
@@ -315,33 +328,34 @@ class TreeSpeculator(DraftModelSpeculator):
         *,
         draws: bool,
     ) -> int:
-        """Let the draft models catch up, and grow trees; returns nodes offered to each
+        """Let the drafts catch up, and grow trees; returns nodes offered to each
         request at most."""
         num_reqs, offered = input_batch.num_reqs, 0
         for index, draft in list(self.drafts.items()):
-            grows = self._worth.drafting[index] and num_nodes > 0
+            grows, nodes = self._worth.drafting[index] and num_nodes > 0, 0
             try:
                 with self._worth.stopwatch.measure(index):
                     draft.catch_up(input_batch, num_sampled, temperature)
                     if grows:
-                        draft.propose(num_reqs, draws=draws and index == 0)
+                        nodes = draft.propose(num_reqs, draws=draws and index == 0)
             except Exception:  # it may cost speed, never a request
                 if self._ranks.world_size > 1:
                     raise  # the other ranks are inside a collective by now
                 self._dismiss(index)
                 grows = False
             if grows:
-                offered += draft.grower.num_candidates
+                offered += nodes
             else:
                 self.builder.forget(index, num_reqs)
         return offered
 
     def _dismiss(self, index: int) -> None:
         logger.exception(
-            "treespec: draft model %r failed and is off until restart; requests go on "
+            "treespec: proposer %r failed and is off until restart; requests go on "
             "without it",
-            self.drafts.pop(index).config.model,
+            self._names[index],
         )
+        del self.drafts[index]
 
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""

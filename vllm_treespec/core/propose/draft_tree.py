@@ -7,7 +7,7 @@ the whole growth. The draft model itself is a callback: this file knows no vLLM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -44,23 +44,49 @@ Forward = Callable[[Frontier], torch.Tensor]
 
 
 class TreeGrower:
-    """Draft trees of one shape, for as many requests as a batch holds."""
+    """Draft trees of one shape, for as many requests as a batch holds.
 
-    def __init__(self, shape: Shape, max_num_reqs: int, device: torch.device) -> None:
+    All that lies between two levels is kept in buffers, so that a CUDA graph can hold
+    one level as well as all of them.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        max_num_reqs: int,
+        device: torch.device,
+        min_reach: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            min_reach: scalar float32, read at every level: a request grows no deeper
+                once the draft finds its next rows less likely than that, together, to
+                hold the target's path. None: no request stops early.
+        """
         self.shape = shape
+        self._min_reach = min_reach
+        first_nodes, first_places = [0], [0]
+        for level, num_rows in enumerate(shape.num_rows):
+            first_nodes.append(first_nodes[-1] + num_rows)
+            first_places.append(first_places[-1] + shape.kept(level).shape[0])
+        self.first_nodes = tuple(first_nodes)
+        self.max_num_nodes = first_nodes[-1]  # with KV in the draft's cache
+        # Candidates of the first levels, before the best are chosen.
+        self.num_candidates_at = tuple(first_places)
+        self.num_candidates = first_places[-1]
+        self._found = _Places.allocate(max_num_reqs, shape, device)
         # [max_num_reqs, num_candidates] int32: the node that a candidate is in the
         # draft's cache, -1: none.
-        self.nodes = torch.full(
-            (max_num_reqs, self.num_candidates), -1, dtype=torch.int32, device=device
-        )
+        self.nodes = torch.full_like(self._found.nodes, -1)
         # [max_num_reqs, num_candidates] bool: which candidates were drawn, by requests
         # that draw.
         self.drawn = torch.zeros_like(self.nodes, dtype=torch.bool)
-        first_nodes = [0]
-        for num_rows in shape.num_rows:
-            first_nodes.append(first_nodes[-1] + num_rows)
-        self.first_nodes = tuple(first_nodes)
-        self.max_num_nodes = first_nodes[-1]  # with KV in the draft's cache
+        # [max_num_reqs] int64: levels that a request has, the root's excluded.
+        self.num_levels = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        # [max_num_reqs, widest level] int64: places of the next level's rows.
+        self._rows = torch.zeros(
+            max_num_reqs, max(shape.num_rows), dtype=torch.int64, device=device
+        )
         # What the draft's attention sees; rows as in this step's batch.
         self.batch = BatchTrees.allocate(max_num_reqs, self.max_num_nodes, device)
         self._own_bits = _own_bits(self.batch.masks)
@@ -76,12 +102,6 @@ class TreeGrower:
         """Levels below the root."""
         return len(self.shape.num_rows)
 
-    @property
-    def num_candidates(self) -> int:
-        """Candidates that a request gets, before the best are chosen."""
-        levels = range(self.depth)
-        return sum(self.shape.kept(level).shape[0] for level in levels)
-
     def grow(
         self,
         logits: torch.Tensor,  # [num_reqs, vocab_size], after the newest token
@@ -93,66 +113,123 @@ class TreeGrower:
         out: DeviceCandidates,
         drawing: Drawing | None = None,
     ) -> None:
+        """Write every request's candidates, one level after the other."""
+        num_reqs = logits.shape[0]
+        self.begin(roots, max_len, active)
+        self.add_level(0, logits, roots, temperatures, drawing)
+        for level in range(1, self.depth):
+            logits = forward(self.frontier(level, num_reqs))
+            self.add_level(level, logits, roots, temperatures, drawing)
+        self.finish(num_reqs, out, drawing)
+
+    def begin(
+        self,
+        roots: torch.Tensor,  # [num_reqs] int32, position of the newest token
+        max_len: int,  # positions that the draft may use
+        active: torch.Tensor,  # [num_reqs] bool, False: no candidates
+    ) -> None:
+        """Forget the last trees; these requests get levels as far as they fit."""
+        num_reqs = roots.shape[0]
+        fits = roots[:, None] + self._room <= max_len  # monotone
+        self.num_levels.zero_()
+        self.num_levels[:num_reqs] = torch.where(active, fits.sum(1), 0)
+        self._found.scores.fill_(-torch.inf)
+        self._found.nodes.fill_(-1)
+
+    def goes_on(self, level: int) -> bool:
+        """Whether some request has a level below this one; waits for the device."""
+        return bool((self.num_levels > level + 1).any())
+
+    def frontier(self, level: int, num_reqs: int) -> Frontier:
+        """The rows to run the draft on, of a level below the root's."""
+        rows = self._rows[:num_reqs, : self.shape.num_rows[level]]
+        return Frontier(
+            self._found.token_ids[:num_reqs].gather(1, rows),
+            self.num_levels[:num_reqs] > level,
+            level,
+            self.first_nodes[level],
+        )
+
+    def add_level(
+        self,
+        level: int,
+        logits: torch.Tensor,  # [num_reqs * num_rows, vocab_size]
+        roots: torch.Tensor,  # [num_reqs] int32, position of the newest token
+        temperatures: torch.Tensor,  # [num_reqs] float32, at which scores are taken
+        drawing: Drawing | None = None,
+    ) -> None:
+        """Add the children of a level's rows, and choose the next level's among them."""
+        shape, num_reqs = self.shape, roots.shape[0]
+        num_fixed, num_children = shape.num_fixed(level), shape.num_children[level]
+        keys = logits
+        if drawing is not None:
+            logits, keys = drawing.perturb(
+                logits, self.first_nodes[level], roots + level, num_fixed
+            )
+        children, log_probs = _best_children(logits, keys, temperatures, num_children)
+        if drawing is not None:
+            log_probs = drawing.score(log_probs, num_reqs, num_fixed)
+        found, kept = self._found.of(num_reqs), shape.kept(level)
+        rows = kept // num_children  # of each kept child
+        if level == 0:
+            above = log_probs.new_zeros(num_reqs, 1)
+            parents = torch.full_like(above, -1, dtype=torch.int64)
+        else:
+            parents = self._rows[:num_reqs, : shape.num_rows[level]]
+            above = found.scores.gather(1, parents)
+        scores = above[:, rows] + log_probs.view(num_reqs, -1)[:, kept]
+        scores.masked_fill_((self.num_levels[:num_reqs] <= level)[:, None], -torch.inf)
+        all_drawn = None if drawing is None else drawing.all_drawn(num_reqs)
+        if all_drawn is not None:
+            planned = shape.planned(level) | ~all_drawn
+            scores.masked_fill_(~planned, -torch.inf)
+        first, last = self.num_candidates_at[level : level + 2]
+        found.token_ids[:, first:last] = children.view(num_reqs, -1)[:, kept]
+        found.parents[:, first:last] = parents[:, rows]
+        found.scores[:, first:last] = scores
+        if level + 1 < self.depth:
+            self._choose_rows(level, scores, rows, all_drawn)
+
+    def _choose_rows(
+        self,
+        level: int,
+        scores: torch.Tensor,  # [num_reqs, num_kept] float32
+        rows: torch.Tensor,  # [num_kept] int64, this level's row of every kept child
+        all_drawn: torch.Tensor | None,  # [num_reqs, 1] bool
+    ) -> None:
+        """Decide which children the draft runs on next, and what they see."""
+        num_reqs = scores.shape[0]
+        chosen = self.shape.next_rows(level, scores)
+        if all_drawn is not None:
+            chosen = torch.where(all_drawn, self.shape.planned_rows(level), chosen)
+        self._rows[:num_reqs, : chosen.shape[1]] = (
+            self.num_candidates_at[level] + chosen
+        )
+        first, last = self.first_nodes[level + 1 : level + 3]
+        self._see_ancestors(self.first_nodes[level] + rows[chosen], first, last)
+        nodes = torch.arange(first, last, dtype=torch.int32, device=scores.device)
+        places = slice(*self.num_candidates_at[level : level + 2])
+        self._found.nodes[:num_reqs, places].scatter_(
+            1, chosen, nodes.expand(num_reqs, -1)
+        )
+        if self._min_reach is not None:
+            reach = scores.gather(1, chosen).exp().sum(1)
+            stopped = reach < self._min_reach
+            num_levels = self.num_levels[:num_reqs]
+            num_levels.copy_(
+                torch.where(stopped, num_levels.clamp(max=level + 1), num_levels)
+            )
+
+    def finish(
+        self,
+        num_reqs: int,
+        out: DeviceCandidates,
+        drawing: Drawing | None = None,
+    ) -> None:
         """Write every request's candidates: its likeliest, best first; or, if all are
         drawn, those that its plan keeps, in the order of drawing."""
-        num_reqs, shape = logits.shape[0], self.shape
-        all_drawn = None
-        if drawing is not None:
-            all_drawn = drawing.is_drawn[:num_reqs] & ~drawing.is_mixed[:num_reqs]
-            all_drawn = all_drawn[:, None]
-        fits = roots[:, None] + self._room <= max_len
-        num_levels = torch.where(active, fits.sum(1), 0)  # fits is monotone
-        row_scores = logits.new_zeros(num_reqs, 1, dtype=torch.float32)
-        row_places = torch.full_like(row_scores, -1, dtype=torch.int64)
-        row_nodes = torch.zeros_like(row_places)
-        levels: list[_Level] = []
-        for depth, num_children in enumerate(shape.num_children):
-            num_fixed = shape.num_fixed(depth)
-            keys = logits
-            if drawing is not None:
-                first = self.first_nodes[depth]
-                logits, keys = drawing.perturb(logits, first, roots + depth, num_fixed)
-            children, log_probs = _best_children(
-                logits, keys, temperatures, num_children
-            )
-            if drawing is not None:
-                log_probs = drawing.score(log_probs, num_reqs, num_fixed)
-            kept = shape.kept(depth)
-            rows = kept // num_children
-            scores = row_scores[:, rows] + log_probs.view(num_reqs, -1)[:, kept]
-            scores.masked_fill_((num_levels <= depth)[:, None], -torch.inf)
-            if all_drawn is not None:
-                planned = shape.planned(depth) | ~all_drawn
-                scores.masked_fill_(~planned, -torch.inf)
-            level = _Level(
-                token_ids=children.view(num_reqs, -1)[:, kept],
-                parents=row_places[:, rows],
-                scores=scores,
-                nodes=torch.full_like(scores, -1, dtype=torch.int32),
-                is_fixed=(kept % num_children < num_fixed).expand_as(scores),
-            )
-            levels.append(level)
-            if depth + 1 == self.depth:
-                break
-            chosen = shape.next_rows(depth, scores)
-            if all_drawn is not None:
-                chosen = torch.where(all_drawn, shape.planned_rows(depth), chosen)
-            first, last = self.first_nodes[depth + 1 : depth + 3]
-            self._see_ancestors(row_nodes.gather(1, rows[chosen]), first, last)
-            row_scores = scores.gather(1, chosen)
-            row_places = sum(each.scores.shape[1] for each in levels[:-1]) + chosen
-            row_nodes = torch.arange(first, last, device=chosen.device)
-            row_nodes = row_nodes.expand(num_reqs, -1)
-            level.nodes.scatter_(1, chosen, row_nodes.int())
-            logits = forward(
-                Frontier(
-                    level.token_ids.gather(1, chosen),
-                    num_levels > depth + 1,
-                    depth + 1,
-                    first,
-                )
-            )
-        found = _Level.concatenate(levels)
+        found = self._found.of(num_reqs)
+        all_drawn = None if drawing is None else drawing.all_drawn(num_reqs)
         best = _rank(found, all_drawn, out)
         width = best.shape[1]
         self.nodes[:num_reqs, :width] = found.nodes.gather(1, best)
@@ -160,9 +237,9 @@ class TreeGrower:
             return
         self.drawn[:num_reqs, :width] = all_drawn | ~found.is_fixed.gather(1, best)
         # Other proposers' candidates share the tree with them.
-        counts = out.num_candidates[:num_reqs]
+        counts, most = out.num_candidates[:num_reqs], self.shape.num_planned
         is_mixed = drawing.is_mixed[:num_reqs]
-        counts.copy_(torch.where(is_mixed, counts.clamp(max=shape.num_planned), counts))
+        counts.copy_(torch.where(is_mixed, counts.clamp(max=most), counts))
 
     def _see_ancestors(self, parents: torch.Tensor, first: int, last: int) -> None:
         """Let nodes ``first`` to ``last`` see their parents' ancestors and themselves.
@@ -178,8 +255,8 @@ class TreeGrower:
 
 
 @dataclass(frozen=True, slots=True)
-class _Level:
-    """Candidates of one level, or of all, in the order of their *places*."""
+class _Places:
+    """Children of all levels, in the order of their *places*: level by level."""
 
     token_ids: torch.Tensor  # [num_reqs, num_places] int32
     parents: torch.Tensor  # [num_reqs, num_places] int64, places, -1: the root
@@ -188,14 +265,27 @@ class _Level:
     is_fixed: torch.Tensor  # [num_reqs, num_places] bool, even where a node mixes
 
     @classmethod
-    def concatenate(cls, levels: list[_Level]) -> _Level:
+    def allocate(cls, max_num_reqs: int, shape: Shape, device: torch.device) -> _Places:
+        is_fixed = [
+            shape.kept(level) % num_children < shape.num_fixed(level)
+            for level, num_children in enumerate(shape.num_children)
+        ]
+        fixed = torch.cat(is_fixed).expand(max_num_reqs, -1)
+
+        def zeros(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(fixed.shape, dtype=dtype, device=device)
+
         return cls(
-            torch.cat([each.token_ids for each in levels], 1),
-            torch.cat([each.parents for each in levels], 1),
-            torch.cat([each.scores for each in levels], 1),
-            torch.cat([each.nodes for each in levels], 1),
-            torch.cat([each.is_fixed for each in levels], 1),
+            token_ids=zeros(torch.int32),
+            parents=zeros(torch.int64),
+            scores=zeros(torch.float32),
+            nodes=zeros(torch.int32),
+            is_fixed=fixed,
         )
+
+    def of(self, num_reqs: int) -> _Places:
+        """The first requests' share."""
+        return _Places(*(getattr(self, each.name)[:num_reqs] for each in fields(self)))
 
 
 def _best_children(
@@ -222,7 +312,7 @@ def _best_children(
 
 
 def _rank(
-    found: _Level,
+    found: _Places,
     all_drawn: torch.Tensor | None,  # [num_reqs, 1] bool
     out: DeviceCandidates,
 ) -> torch.Tensor:

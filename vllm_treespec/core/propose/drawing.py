@@ -131,6 +131,10 @@ class Drawing:
         is_mixed = self._mixed_rows(log_probs.shape[0], num_reqs)
         return torch.where(is_mixed, mixed, log_probs)
 
+    def all_drawn(self, num_reqs: int) -> torch.Tensor:
+        """``[num_reqs, 1]`` bool, requests that draw and do not mix."""
+        return (self.is_drawn & ~self.is_mixed)[:num_reqs, None]
+
     def _mixed_rows(self, num_rows: int, num_reqs: int) -> torch.Tensor:
         """``[num_rows, 1]`` bool."""
         each = num_rows // num_reqs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_treespec.config import (
-    DraftModelConfig,
+    DeviceConfig,
     NgramConfig,
     SuffixConfig,
     TreeSpecConfig,
@@ -21,17 +21,17 @@ def make_proposers(config: TreeSpecConfig, *, max_num_reqs: int) -> list[Propose
     return [
         _make(each, max_num_reqs, config.num_speculative_tokens)
         for each in config.proposers
-        if not isinstance(each, DraftModelConfig)
+        if not isinstance(each, DeviceConfig)
     ]
 
 
 def make_shape(
-    config: DraftModelConfig,
+    config: DeviceConfig,
     max_nodes: int,
     device: torch.device,
     num_drawn: int = 0,
 ) -> Shape:
-    """How a draft model grows trees of which ``max_nodes`` nodes are verified.
+    """How a model grows trees of which ``max_nodes`` nodes are verified.
 
     Args:
         num_drawn: nodes of a tree whose children are drawn, 0 if none ever is.

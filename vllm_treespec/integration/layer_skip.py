@@ -1,0 +1,79 @@
+"""Self-speculation: the target drafts for itself, with some of its sub-layers skipped.
+
+It has no weights and no KV cache of its own (Draft & Verify, arXiv:2309.08168). The
+layers that it keeps read the target's verified KV and write behind it: the newest
+token's place is the first one, and the target has not been there yet. When it gets
+there, verification overwrites what the draft left. Tokens that the target has computed
+are never fed again, or a draft that skips a layer below one that it keeps would
+replace their KV by its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+
+from vllm_treespec.config import LayerSkipConfig, SkipSet
+from vllm_treespec.core.kernel_set import KernelSet
+from vllm_treespec.core.propose.early_stop import EarlyStop
+from vllm_treespec.integration.device_draft import DeviceDraft
+from vllm_treespec.integration.skipped_layers import (
+    check_skip_set,
+    default_skip_set,
+    layers_of,
+    skipping,
+)
+
+
+class LayerSkip(DeviceDraft):
+    """Grows trees with the target's own layers."""
+
+    config: LayerSkipConfig
+
+    def __init__(
+        self,
+        config: LayerSkipConfig,
+        vllm_config: VllmConfig,
+        *,
+        device: torch.device,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            vllm_config,
+            vllm_config.model_config,
+            fed_width=1,
+            device=device,
+            stop=EarlyStop(device) if config.early_stop else None,
+            **options,
+        )
+
+    def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
+        self._target = target
+        chosen = self.config.skip or default_skip_set(len(layers_of(target)[1]))
+        check_skip_set(chosen, target)
+        self.skip = chosen
+        self.model, self.layer_names = skipping(target, chosen)
+
+    def set_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        self._cache = kv_cache_config, block_tables
+        super().set_cache(kv_cache_config, block_tables)
+
+    def change(self, skip: SkipSet) -> None:
+        """Draft with another set from now on; graphs must not have been captured."""
+        check_skip_set(skip, self._target)
+        self.skip = skip
+        self.model, self.layer_names = skipping(self._target, skip)
+        super().set_cache(*self._cache)
+
+    def catch_up(
+        self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor
+    ) -> None:
+        num_reqs = batch.num_reqs
+        slots, active = batch.idx_mapping[:num_reqs], num_sampled > 0
+        ends = self._req_states.total_len.gpu[slots]
+        # A request in its prefill is fed nothing: its newest token is the prompt's.
+        self._set_rows(slots, ends - active.int(), ends, active, temperatures)
+        self._feed_decodes(num_reqs)

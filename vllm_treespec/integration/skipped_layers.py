@@ -1,0 +1,166 @@
+"""The target's own modules once more, without some of their sub-layers.
+
+A decoder layer adds the outputs of its attention and of its feed-forward part to what
+it was given, so leaving a part out is to put zeros in its place. Modules on the way
+from the model to the part are copied without their weights; everything else is shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_treespec.config import ConfigError, SkipSet
+
+# Layers whose parts were read to be such sums.
+KNOWN_LAYERS = {
+    "GemmaDecoderLayer",
+    "Gemma2DecoderLayer",
+    "Gemma3DecoderLayer",
+    "GraniteDecoderLayer",
+    "GraniteMoeDecoderLayer",
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "MixtralDecoderLayer",
+    "OlmoeDecoderLayer",
+    "PhiMoEDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen2MoeDecoderLayer",
+    "Qwen3DecoderLayer",
+    "Qwen3MoeDecoderLayer",
+}
+ATTENTION = "self_attn"
+FEED_FORWARD = ("mlp", "block_sparse_moe")
+
+
+class SkippedPart(torch.nn.Module):
+    """In place of an attention or feed-forward part: adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = (*args, *kwargs.values())
+        hidden = next(each for each in given if _is_hidden(each))
+        return torch.zeros_like(hidden)
+
+
+class SkippedLayer(torch.nn.Module):
+    """In place of a whole layer: hands on what it was given."""
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: Any, **_: Any
+    ) -> tuple[torch.Tensor, Any]:
+        return hidden, residual
+
+
+def default_skip_set(num_layers: int) -> SkipSet:
+    """Every other layer, but not the first nor the last two."""
+    skipped = tuple(range(1, num_layers - 2, 2))
+    return SkipSet(attention=skipped, mlp=skipped)
+
+
+def layers_of(target: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder layers, and where in the model they are.
+
+    Raises:
+        ConfigError: if a layer is not known to be a sum of its parts.
+    """
+    lists = (
+        (path, module)
+        for path, module in target.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and any(isinstance(each, Attention) for each in module.modules())
+    )
+    path, layers = next(lists, ("", torch.nn.ModuleList()))
+    if not path:
+        raise ConfigError(f"layer_skip: {type(target).__name__} has no list of layers")
+    for layer in layers:
+        if type(layer).__name__ not in KNOWN_LAYERS:
+            raise ConfigError(
+                f"layer_skip: layers of type {type(layer).__name__} are not known to be "
+                f"sums of their parts; known: {sorted(KNOWN_LAYERS)}"
+            )
+    return path, layers
+
+
+def fingerprint(target: torch.nn.Module) -> str:
+    """Tells models apart, whatever they are quantized to or divided into: a digest of
+    the first layer's and the last layer's norms."""
+    _, layers = layers_of(target)
+    digest = hashlib.sha256(str(len(layers)).encode())
+    for layer in (layers[0], layers[-1]):
+        weight = layer.input_layernorm.weight.detach().to(torch.bfloat16)
+        digest.update(weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: if the set is not one of this model.
+    """
+    num_layers = len(layers_of(target)[1])
+    problems = [
+        f"{name}: layer {layer} is skipped, the model has layers 0 to {num_layers - 1}"
+        for name in ("attention", "mlp")
+        for layer in getattr(skip, name)
+        if layer >= num_layers
+    ]
+    if len({*skip.attention} & {*skip.mlp}) == num_layers:
+        problems.append("no layer is left")
+    if skip.num_layers not in (None, num_layers):
+        problems.append(f"num_layers={skip.num_layers}: the model has {num_layers}")
+    elif skip.fingerprint not in (None, own := fingerprint(target)):
+        problems.append(
+            f"fingerprint={skip.fingerprint!r}: tuned for another model "
+            f"({skip.model!r}), this one's is {own!r}; run 'vllm-treespec tune "
+            "layer-skip' for it"
+        )
+    if problems:
+        raise ConfigError("layer_skip: skip." + "; skip.".join(problems))
+
+
+def skipping(
+    target: torch.nn.Module, skip: SkipSet
+) -> tuple[torch.nn.Module, set[str]]:
+    """The model without these parts, and the names of the attention layers it has."""
+    path, layers = layers_of(target)
+    kept = torch.nn.ModuleList(
+        _without(layer, index in skip.attention, index in skip.mlp)
+        for index, layer in enumerate(layers)
+    )
+    names = {each.layer_name for each in kept.modules() if isinstance(each, Attention)}
+    return _replaced(target, path.split("."), kept), names
+
+
+def _without(layer: torch.nn.Module, attention: bool, mlp: bool) -> torch.nn.Module:
+    if attention and mlp:
+        return SkippedLayer()
+    parts = [ATTENTION] if attention else []
+    parts += [name for name in FEED_FORWARD if mlp and hasattr(layer, name)]
+    for part in parts:
+        layer = _replaced(layer, [part], SkippedPart())
+    return layer
+
+
+def _replaced(
+    module: torch.nn.Module, path: Sequence[str], part: torch.nn.Module
+) -> torch.nn.Module:
+    """A copy that shares all but what leads to the replaced part."""
+    name, *rest = path
+    if rest:
+        part = _replaced(getattr(module, name), rest, part)
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {
+        **module.__dict__,
+        "_modules": {**module._modules, name: part},
+        # What vLLM has compiled is the original.
+        "do_not_compile": True,
+    }
+    return copied
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
