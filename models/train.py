@@ -9,6 +9,7 @@ for every figure that `evaluate` prints. The steps, in order:
     python models/train.py draft       # the same for the small model
     python models/train.py distill     # draft learns the target's distribution
     python models/train.py evaluate    # re-measure the saved weights
+    python models/train.py deepen      # the target with twice the layers, see there
 
 `target` and `draft` are independent and may run side by side. Needs torch (2.9 or
 newer, for torch.optim.Muon), transformers, tokenizers and safetensors; no GPU.
@@ -22,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sysconfig
 import tempfile
 import time
@@ -144,6 +146,26 @@ def new_model(role: str) -> Model:
     return model
 
 
+def deepen(target: Model) -> Model:
+    """The target with a new layer, so far the zero function, behind each of its own.
+
+    Large models have many layers that change little, this one has none to spare:
+    trained on, the new ones become such layers, for whoever skips some.
+    """
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers *= 2
+    deep: Model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    weights = {}
+    for name, weight in target.state_dict().items():
+        kept = re.sub(r"layers\.(\d+)", lambda m: f"layers.{2 * int(m[1])}", name)
+        new = re.sub(r"layers\.(\d+)", lambda m: f"layers.{2 * int(m[1]) + 1}", name)
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        weights[new] = torch.zeros_like(weight) if is_output else weight.clone()
+        weights[kept] = weight
+    deep.load_state_dict(weights)
+    return deep
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)  # in eval mode
 
@@ -186,7 +208,7 @@ def train(
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in named if p.ndim < 2 or "embed" in n]
-    scale = 0.5 if trained and teacher is not None else 1.0
+    scale = 0.5 if trained else 1.0
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=0.03 * scale, weight_decay=0.1),
         torch.optim.AdamW(others, lr=0.012 * scale, betas=(0.9, 0.95), fused=True),
@@ -294,9 +316,13 @@ def evaluate(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("task", choices=("tokenizer", *SHAPES, "distill", "evaluate"))
+    parser.add_argument(
+        "task", choices=("tokenizer", *SHAPES, "distill", "evaluate", "deepen")
+    )
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here / "python-stdlib")
+    deep = here.parent / "build" / "python-stdlib-deep"
+    parser.add_argument("--deep", type=Path, default=deep, help="where deepen writes")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
@@ -315,7 +341,11 @@ def main() -> None:
         return
     data = encode(args.out / "target", texts)
     print(f"{len(texts)} files, {sum(map(len, texts))} characters, {len(data)} tokens")
-    if args.task == "distill":
+    if args.task == "deepen":
+        model = deepen(load(args.out / "target"))
+        publish(PreTrainedTokenizerFast.from_pretrained(args.out / "target"), args.deep)
+        train(model, data, args.deep, args, trained=True)
+    elif args.task == "distill":
         teacher = load(args.out / "target")
         folder = args.out / args.student
         trained = (folder / "config.json").exists()

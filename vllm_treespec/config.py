@@ -398,8 +398,10 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
     _refuse_unknown(where, raw, ("type", *(option.name for option in fields(config))))
     options = {key: value for key, value in raw.items() if key != "type"}
     if isinstance(options.get("acceptance"), str):
-        content = _read_tuned(where, "acceptance", options["acceptance"], "sequoia")
-        options["acceptance"] = content.get("acceptance")
+        path = options["acceptance"]
+        (options["acceptance"],) = _read_tuned(
+            where, "acceptance", path, "sequoia", ("acceptance",)
+        ).values()
     if options.get("skip") is not None:
         options["skip"] = _parse_skip(where, options["skip"])
     for name in ("branching", "acceptance"):
@@ -411,9 +413,8 @@ def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
 
 def _parse_skip(where: str, raw: Any) -> SkipSet:
     if isinstance(raw, str):
-        raw = _read_tuned(where, "skip", raw, "layer-skip")
-        # The file also says how well the set did.
-        raw = {each.name: raw.get(each.name) for each in fields(SkipSet)}
+        names = tuple(each.name for each in fields(SkipSet))
+        raw = _read_tuned(where, "skip", raw, "layer-skip", names)
     where = f"{where}.skip"
     _require(where, raw, Mapping, 'a file, or {"attention": [...], "mlp": [...]}')
     _refuse_unknown(where, raw, tuple(each.name for each in fields(SkipSet)))
@@ -425,12 +426,15 @@ def _parse_skip(where: str, raw: Any) -> SkipSet:
     return SkipSet(**options)
 
 
-def _read_tuned(where: str, option: str, path: str, what: str) -> dict[str, Any]:
-    """The object in a file that ``vllm-treespec tune`` wrote."""
+def _read_tuned(
+    where: str, option: str, path: str, what: str, names: tuple[str, ...]
+) -> dict[str, Any]:
+    """These values of a file that ``vllm-treespec tune`` wrote."""
     try:
         with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
+            content = json.load(file)
+        return {name: content[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{where}.{option}={path!r}: {type(error).__name__}: {error}; "
             f"'vllm-treespec tune {what}' writes such a file"

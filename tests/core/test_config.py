@@ -6,6 +6,7 @@ from vllm_treespec.config import (
     ConfigError,
     DraftModelConfig,
     NgramConfig,
+    SkipSet,
     SuffixConfig,
     TreeSpecConfig,
 )
@@ -161,4 +162,40 @@ def test_a_measurement_is_read_once_and_travels_along(tmp_path):
     config = TreeSpecConfig.parse({"method": "treespec", **raw})
     path.unlink()
     again = TreeSpecConfig.parse(json.loads(json.dumps(config.to_dict())))
-    assert again.draft_models[0].acceptance == (0.5, 0.25, 0)
+    assert again.device_proposers[0].acceptance == (0.5, 0.25, 0)
+
+
+SKIP = {"attention": [1, 3], "mlp": [2], "model": "m", "num_layers": 6}
+
+
+def test_a_tuned_skip_set_is_read_once_and_travels_along(tmp_path):
+    path = tmp_path / "skip.json"
+    path.write_text(json.dumps({**SKIP, "fingerprint": "ab", "expected_speedup": 1.4}))
+    raw = {"tree": {"proposers": [{"type": "layer_skip", "skip": str(path)}]}}
+    config = TreeSpecConfig.parse(raw)
+    path.unlink()
+    again = TreeSpecConfig.parse(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    (proposer,) = again.device_proposers
+    assert proposer.skip == SkipSet(
+        attention=(1, 3), mlp=(2,), model="m", num_layers=6, fingerprint="ab"
+    )
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("nowhere.json", "'vllm-treespec tune layer-skip' writes such a file"),
+        ([1, 2], 'must be a file, or {"attention": [...], "mlp": [...]}'),
+        ({"layers": [1]}, "unknown option 'layers'"),
+        ({"attention": 3}, "must be a list of layers"),
+        ({"attention": [-1]}, "skip.attention: layer=-1: must be"),
+        ({"mlp": [2, 2]}, "skip.mlp=[2, 2]: names a layer twice"),
+        ({"mlp": ["x"]}, "skip.mlp: layer='x': must be an integer"),
+    ],
+)
+def test_a_skip_set_that_is_none_is_refused(skip, message):
+    raw = {"tree": {"proposers": [{"type": "layer_skip", "skip": skip}]}}
+    with pytest.raises(ConfigError) as error:
+        TreeSpecConfig.parse(raw)
+    assert message in str(error.value)

@@ -22,9 +22,11 @@ from vllm_treespec.integration.device_draft import DeviceDraft
 from vllm_treespec.integration.skipped_layers import (
     check_skip_set,
     default_skip_set,
+    fingerprint,
     layers_of,
     skipping,
 )
+from vllm_treespec.integration.stopwatch import Stopwatch
 
 
 class LayerSkip(DeviceDraft):
@@ -40,6 +42,7 @@ class LayerSkip(DeviceDraft):
         device: torch.device,
         **options: Any,
     ) -> None:
+        self._clock: Stopwatch | None = None  # times the model's parts
         super().__init__(
             config,
             vllm_config,
@@ -52,21 +55,54 @@ class LayerSkip(DeviceDraft):
 
     def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
         self._target = target
-        chosen = self.config.skip or default_skip_set(len(layers_of(target)[1]))
-        check_skip_set(chosen, target)
-        self.skip = chosen
-        self.model, self.layer_names = skipping(target, chosen)
+        num_layers = len(layers_of(target)[1])
+        self._use(self.config.skip or default_skip_set(num_layers))
 
     def set_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         self._cache = kv_cache_config, block_tables
         super().set_cache(kv_cache_config, block_tables)
 
-    def change(self, skip: SkipSet) -> None:
-        """Draft with another set from now on; graphs must not have been captured."""
+    def describe(self) -> dict[str, Any]:
+        """What a set of the target has to fit."""
+        num_layers = len(layers_of(self._target)[1])
+        return {"num_layers": num_layers, "fingerprint": fingerprint(self._target)}
+
+    def change(self, skip: SkipSet, timed: bool = False) -> None:
+        """Draft with another set from now on; graphs must not have been captured.
+
+        Args:
+            timed: measure what the parts take, see ``part_seconds``.
+        """
+        num_layers = len(layers_of(self._target)[1])
+        self._clock = Stopwatch(2 * num_layers + 1, self._device) if timed else None
+        self._use(skip)
+        self.set_cache(*self._cache)
+
+    def part_seconds(self) -> tuple[list[float], list[float], float]:
+        """Time in each layer's attention, in each one's feed-forward part, and in the
+        rest of the model, since ``change`` asked for it."""
+        assert self._clock is not None, "change(timed=True) starts the clock"
+        if self._device.type != "cpu":
+            torch.cuda.synchronize(self._device)
+        (*parts, whole), _ = self._clock.read()
+        half = len(parts) // 2
+        return parts[:half], parts[half:], whole - sum(parts)
+
+    def _use(self, skip: SkipSet) -> None:
         check_skip_set(skip, self._target)
-        self.skip = skip
-        self.model, self.layer_names = skipping(self._target, skip)
-        super().set_cache(*self._cache)
+        self.model, self.layer_names = skipping(self._target, skip, self._clock)
+
+    def _run(self, *arguments: Any) -> torch.Tensor:
+        if self._clock is None:
+            return super()._run(*arguments)
+        with self._clock.measure(-1):
+            return super()._run(*arguments)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._clock is None:
+            return super()._logits(hidden)
+        with self._clock.measure(-1):
+            return super()._logits(hidden)
 
     def catch_up(
         self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor

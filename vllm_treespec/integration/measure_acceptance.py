@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vllm_treespec.config import ConfigError
+from vllm_treespec.integration.prompts import RunOptions, make_prompts, read_texts
 
 if TYPE_CHECKING:  # the command line reads our defaults and may not find vLLM
     from vllm.config import ModelConfig
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeasureOptions:
+class MeasureOptions(RunOptions):
     """What is measured, and on what."""
 
     target: str
@@ -34,63 +32,18 @@ class MeasureOptions:
     draft: str
     """Checkpoint directory or name of the small model, with the target's tokens."""
 
-    data: str
-    """Text, cut into prompts, or JSON Lines with one ``prompt`` each (``.jsonl``)."""
-
     temperature: float = 0.0
     """How the target samples; 0 is greedy."""
-
-    num_prompts: int = 64
-    """Prompts drawn from the data; all of them if it has fewer."""
-
-    max_tokens: int = 128
-    """Longest continuation of a prompt."""
-
-    prompt_tokens: int = 64
-    """Tokens of a prompt cut from text; JSON Lines keep theirs."""
 
     num_ranks: int = 32
     """Choices of the draft that are told apart."""
 
-    seed: int = 0
-    """Decides which prompts are drawn and what is sampled."""
-
-    dtype: str = "auto"
-    """As vLLM's ``--dtype``, for both models."""
-
-    max_model_len: int | None = None
-    """As vLLM's ``--max-model-len``, for both models; None: as long as needed."""
-
-    gpu_memory_utilization: float | None = None
-    """As vLLM's option; the models are loaded one after the other."""
-
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments of ``vllm.LLM``, for both models."""
-
-    def __post_init__(self) -> None:
-        if problems := list(self._problems()):
-            raise ConfigError("invalid measurement:\n  " + "\n  ".join(problems))
-
     def _problems(self) -> Iterator[str]:
-        for name in ("num_prompts", "max_tokens", "prompt_tokens", "num_ranks"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: must be >= 1"
+        yield from super(MeasureOptions, self)._problems()
+        if self.num_ranks < 1:
+            yield f"num_ranks={self.num_ranks}: must be >= 1"
         if self.temperature < 0:
             yield f"temperature={self.temperature}: must be >= 0, 0 is greedy"
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM`` that both models get."""
-        chosen = {
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            # A few hundred steps do not repay compilation.
-            "enforce_eager": True,
-            **self.engine,
-        }
-        return {name: value for name, value in chosen.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +73,10 @@ def measure_acceptance(options: MeasureOptions) -> Measured:
     Raises:
         ConfigError: before a model is loaded, if the data or the pair will not do.
     """
-    texts = _read_texts(Path(options.data))
+    texts = read_texts(options)
     target, draft = (_model_config(options, m) for m in (options.target, options.draft))
     _check_vocabularies(options, target, draft)
-    prompts = _prompts(options, texts, target)
+    prompts = make_prompts(options, texts, target)
     length = _check_lengths(options, prompts, target, draft)
     engine_options = {"max_model_len": length, **options.engine_options}
     continuations = _continue(options, prompts, engine_options)
@@ -213,64 +166,6 @@ def _generate(
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _read_texts(path: Path) -> list[str]:
-    """The prompts of JSON Lines, or the one text that is yet to be cut."""
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data={str(path)!r}: cannot be read ({error}); name a text file or JSON "
-            "Lines with a 'prompt' each"
-        ) from error
-    if not content.strip():
-        raise ConfigError(f"data={str(path)!r}: is empty; it needs text or prompts")
-    if path.suffix != ".jsonl":
-        return [content]
-    # Not splitlines, which also cuts at separators that JSON allows within a string.
-    lines = enumerate(content.split("\n"), start=1)
-    return [_prompt_of(f"{path}:{n}", line) for n, line in lines if line.strip()]
-
-
-def _prompt_of(where: str, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not prompt:
-        raise ConfigError(f"{where}: must be an object with a text 'prompt'")
-    return prompt
-
-
-def _prompts(
-    options: MeasureOptions, texts: Sequence[str], target: ModelConfig
-) -> list[list[int]]:
-    """Token ids of the prompts drawn, in the data's order."""
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = cached_tokenizer_from_config(target)
-    if Path(options.data).suffix == ".jsonl":
-        drawn = _draw(options, texts)
-        return [list(tokenizer.encode(text)) for text in drawn]
-    token_ids = list(tokenizer.encode(texts[0], add_special_tokens=False))
-    # Every prompt begins like a text of its own, with a <bos> if the model has one.
-    begin, size = list(tokenizer.encode("")), options.prompt_tokens
-    starts = range(0, len(token_ids) - size + 1, size)
-    if not starts:
-        raise ConfigError(
-            f"data={options.data!r}: has {len(token_ids)} tokens, a prompt has "
-            f"prompt_tokens={size}; give more text or shorter prompts"
-        )
-    return [begin + token_ids[start : start + size] for start in _draw(options, starts)]
-
-
-def _draw(options: MeasureOptions, choices: Sequence[_T]) -> list[_T]:
-    """``num_prompts`` of them, in order; all if there are fewer."""
-    count = min(options.num_prompts, len(choices))
-    drawn = random.Random(options.seed).sample(range(len(choices)), count)
-    return [choices[place] for place in sorted(drawn)]
 
 
 def _model_config(options: MeasureOptions, model: str) -> ModelConfig:

@@ -15,6 +15,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_treespec.config import ConfigError, SkipSet
+from vllm_treespec.integration.stopwatch import Stopwatch
 
 # Layers whose parts were read to be such sums.
 KNOWN_LAYERS = {
@@ -44,6 +45,18 @@ class SkippedPart(torch.nn.Module):
         given = (*args, *kwargs.values())
         hidden = next(each for each in given if _is_hidden(each))
         return torch.zeros_like(hidden)
+
+
+class TimedPart(torch.nn.Module):
+    """A part, and how long it takes."""
+
+    def __init__(self, part: torch.nn.Module, clock: Stopwatch, lap: int) -> None:
+        super().__init__()
+        self.part, self._clock, self._lap = part, clock, lap
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.measure(self._lap):
+            return self.part(*args, **kwargs)
 
 
 class SkippedLayer(torch.nn.Module):
@@ -123,26 +136,50 @@ def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
 
 
 def skipping(
-    target: torch.nn.Module, skip: SkipSet
+    target: torch.nn.Module, skip: SkipSet, clock: Stopwatch | None = None
 ) -> tuple[torch.nn.Module, set[str]]:
-    """The model without these parts, and the names of the attention layers it has."""
+    """The model without these parts, and the names of the attention layers it has.
+
+    Args:
+        clock: measures the parts that are kept, lap ``n`` the attention of layer ``n``
+            and lap ``num_layers + n`` its feed-forward part.
+    """
     path, layers = layers_of(target)
     kept = torch.nn.ModuleList(
         _without(layer, index in skip.attention, index in skip.mlp)
         for index, layer in enumerate(layers)
     )
     names = {each.layer_name for each in kept.modules() if isinstance(each, Attention)}
+    if clock is not None:
+        kept = torch.nn.ModuleList(
+            _timed(layer, clock, index, len(layers)) for index, layer in enumerate(kept)
+        )
     return _replaced(target, path.split("."), kept), names
 
 
 def _without(layer: torch.nn.Module, attention: bool, mlp: bool) -> torch.nn.Module:
     if attention and mlp:
         return SkippedLayer()
-    parts = [ATTENTION] if attention else []
-    parts += [name for name in FEED_FORWARD if mlp and hasattr(layer, name)]
-    for part in parts:
+    for part in _parts(layer, attention, mlp):
         layer = _replaced(layer, [part], SkippedPart())
     return layer
+
+
+def _timed(
+    layer: torch.nn.Module, clock: Stopwatch, index: int, num_layers: int
+) -> torch.nn.Module:
+    for attention in (True, False):
+        lap = index if attention else num_layers + index
+        for part in _parts(layer, attention, not attention):
+            timed = TimedPart(getattr(layer, part), clock, lap)
+            layer = _replaced(layer, [part], timed)
+    return layer
+
+
+def _parts(layer: torch.nn.Module, attention: bool, mlp: bool) -> list[str]:
+    """Names of the layer's parts of these kinds."""
+    wanted = ((ATTENTION,) if attention else ()) + (FEED_FORWARD if mlp else ())
+    return [name for name in wanted if hasattr(layer, name)]
 
 
 def _replaced(

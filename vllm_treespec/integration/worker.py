@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_treespec.integration.attention import tree_backend
+from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.seams import check_hooks
 from vllm_treespec.integration.speculator import TreeSpeculator
 
@@ -49,6 +50,12 @@ class TreeWorker(PlatformWorker):
     def treespec_trees(self) -> dict[str, dict[str, Any]]:
         """For ``collective_rpc``: the tree awaiting verification of every request."""
         return self.model_runner.speculator.describe_trees()  # type: ignore[no-any-return]
+
+    def treespec_layer_skip(self, method: str, *arguments: Any) -> Any:
+        """For ``collective_rpc``: ask the ``layer_skip`` proposer to do something."""
+        drafts = self.model_runner.speculator.drafts.values()
+        (draft,) = [each for each in drafts if isinstance(each, LayerSkip)]
+        return getattr(draft, method)(*arguments)
 
     def treespec_clear(self) -> None:
         """For ``collective_rpc``: forget all text that proposers have learned from."""
