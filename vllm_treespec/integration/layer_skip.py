@@ -10,6 +10,7 @@ replace their KV by its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,15 +68,17 @@ class LayerSkip(DeviceDraft):
         num_layers = len(layers_of(self._target)[1])
         return {"num_layers": num_layers, "fingerprint": fingerprint(self._target)}
 
-    def change(self, skip: SkipSet, timed: bool = False) -> None:
-        """Draft with another set from now on; graphs must not have been captured.
+    def change(
+        self, attention: Sequence[int], mlp: Sequence[int], timed: bool = False
+    ) -> None:
+        """Skip these layers' parts from now on; graphs must not have been captured.
 
         Args:
             timed: measure what the parts take, see ``part_seconds``.
         """
         num_layers = len(layers_of(self._target)[1])
         self._clock = Stopwatch(2 * num_layers + 1, self._device) if timed else None
-        self._use(skip)
+        self._use(SkipSet(attention=tuple(attention), mlp=tuple(mlp)))
         self.set_cache(*self._cache)
 
     def part_seconds(self) -> tuple[list[float], list[float], float]:

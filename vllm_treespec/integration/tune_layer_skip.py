@@ -251,7 +251,7 @@ class _Engine:
 
     def measure_costs(self) -> LayerCosts:
         """Seconds per part of a draft's forward that skips nothing, as drafts run."""
-        self._ask("change", SkipSet(), True)
+        self._ask("change", [], [], True)
         self._generate()
         attention, mlp, other = self._ask("part_seconds")
         return LayerCosts(tuple(attention), tuple(mlp), other)
@@ -259,7 +259,7 @@ class _Engine:
     def outcome(self, skip: SkipSet) -> Outcome:
         """Draft with the set, or remember when that was done."""
         if skip not in self._outcomes:
-            self._ask("change", skip)
+            self._ask("change", skip.attention, skip.mlp)
             before = self._counts()
             self._generate()
             counts = [
