@@ -1,6 +1,6 @@
 import random
 from collections import Counter
-from itertools import accumulate, takewhile
+from itertools import accumulate, dropwhile
 
 import pytest
 import torch
@@ -88,8 +88,8 @@ def test_a_step_is_counted_like_a_patient_reader_would(seed):
             nodes = range(1, size + 1)
             expected[f"drafted {proposer}"] += sum(bits[n] & own > 0 for n in nodes)
             expected[f"accepted {proposer}"] += sum(bits[n] & own > 0 for n in path)
-            kept = takewhile(lambda n, own=own: bits[n] & ~own, path[1:])
-            expected[f"exclusive {proposer}"] += len(path) - 1 - len(list(kept))
+            others = [bits[node] & ~own > 0 for node in path[1:]]
+            expected[f"exclusive {proposer}"] += len([*dropwhile(bool, others)])
         stale = [rng.randrange(width) for _ in range(width)]
         trees.num_nodes[slot] = num_nodes
         trees.parents[slot] = torch.tensor(parents + stale[num_nodes:])

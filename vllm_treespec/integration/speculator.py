@@ -295,7 +295,8 @@ class TreeSpeculator(DraftModelSpeculator):
             input_batch.cu_num_logits[: num_reqs + 1],
             len(self._names),
         )
-        self._reporter.verified(self._counts)
+        if self._ranks.is_first_rank:
+            self._reporter.verified(self._counts)
 
     def take_report(self) -> PendingReport | None:
         """What the step came to, on the first rank."""
