@@ -144,13 +144,12 @@ def test_series_agree_with_the_engine_and_each_other(
         for name in ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     ]
     num_rows = num_nodes + readings.one("treespec_padding_rows").value
-    assert num_rows > num_nodes
     mine = [lengths.count, num_nodes, accepted]
     engines = [len(seen.sizes), sum(seen.sizes), sum(seen.lengths)]
     if async_scheduling:
         # vLLM drops a step of each request: it was scheduled before the request ended.
         # Of the engine's last step it never asks for the output.
-        assert num_rows <= seen.num_rows
+        assert num_nodes < num_rows <= seen.num_rows  # vLLM scheduled K, always
         for theirs, reported, done in zip(native, mine, engines, strict=True):
             assert theirs.value <= reported <= done
         assert engines[0] - native[0].value <= len(outputs)

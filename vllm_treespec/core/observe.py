@@ -31,7 +31,7 @@ class StepCounts:
         # Allocated anew: the last step's may not have been read yet.
         copied = torch.empty_like(packed, device="cpu", pin_memory=packed.is_cuda)
         copied.copy_(packed, non_blocking=True)
-        return StepCounts(*copied.split([part.shape[0] for part in parts]))
+        return StepCounts(*torch.split(copied, [part.shape[0] for part in parts]))
 
 
 def count_step(

@@ -203,7 +203,7 @@ class TreeLogLine:
         )
         for name, values in stats.treespec.items():
             if name in self._sums:
-                self._sums[name].update(dict(enumerate(values)))  # type: ignore[arg-type]
+                self._sums[name].update(dict(enumerate(values)))
 
     def log(self, log_fn: Callable[..., None] = logger.info) -> None:
         if parts := list(self._parts()):

@@ -99,7 +99,7 @@ class Reporter:
         }
 
 
-class ReportedOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+class ReportedOutput(AsyncModelRunnerOutput):
     """The model runner's output with the report on it.
 
     Counts were copied on the stream of the forward pass, ahead of the sampled tokens

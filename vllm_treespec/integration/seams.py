@@ -183,6 +183,16 @@ HOOKS = (
         "the step's report goes along with its tokens",
     ),
     Hook(
+        "vllm.v1.outputs:AsyncModelRunnerOutput.get_output",
+        ("self",),
+        "the report is finished once the tokens have been copied",
+    ),
+    Hook(
+        "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.observe",
+        ("self", "num_draft_tokens", "num_accepted", "detailed"),
+        "steps without a tree are not counted as drafted",
+    ),
+    Hook(
         "vllm.v1.worker.gpu_worker:Worker.init_device",
         ("self",),
         "the speculator is put in place once the model runner exists",
