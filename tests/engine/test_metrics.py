@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.metrics.loggers import LoggingStatLogger
 
+from vllm_treespec.integration.metrics import TreeLogLine
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.integration.speculator import TreeSpeculator
 from vllm_treespec.integration.worth import Worth
@@ -157,6 +159,8 @@ def test_series_agree_with_the_engine_and_each_other(
         assert [metric.value for metric in native] == mine == engines
         assert num_rows == seen.num_rows
     assert set(readings.by("reason", "treespec_fallbacks").values()) == {0}
+    text_logger = LoggingStatLogger(engine.llm.llm_engine.vllm_config)
+    assert isinstance(text_logger.spec_decoding_logging, TreeLogLine)
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
