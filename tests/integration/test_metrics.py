@@ -80,7 +80,7 @@ def test_a_report_has_every_series_of_the_table():
 def test_totals_are_reported_once_and_counts_with_their_own_step():
     reporter = Reporter(2)
     reporter.verified(COUNTS)
-    reporter.decoded(batch(True, True, True), reasons(0, 1, 2))
+    reporter.decoded(batch(True, True, True, num_draft_tokens=8), reasons(0, 1, 2))
     first = report(reporter, fallbacks=(1, 0, 0, 0), seconds=(1.0, 0.0))
     assert first.increments["steps_without_drafts"] == [0, 1, 0]
     assert first.verified == [5, 0, 3]
@@ -92,6 +92,10 @@ def test_totals_are_reported_once_and_counts_with_their_own_step():
         "steps_without_drafts": [1, 0, 2],
         "draft_seconds": [0.5, 0.0],
     }
+    reporter.verified(COUNTS)  # by a dummy run
+    reporter.decoded(batch(True), reasons(0))
+    third = report(reporter, fallbacks=(1, 0, 0, 1), seconds=(1.5, 0.0))
+    assert third.verified == [0]
     # vLLM may sample no tokens, for instance where there is nothing to do.
     assert reporter.take(fallbacks=(1, 0, 0, 1), draft_seconds=(1.5, 0.0)) is None
 

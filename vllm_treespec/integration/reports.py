@@ -73,7 +73,8 @@ class Reporter:
     def decoded(self, input_batch: Any, reasons: npt.NDArray[np.int8]) -> None:
         self._pending = PendingReport(
             increments={},
-            counts=self._counts,
+            # A dummy run may have left some behind.
+            counts=self._counts if input_batch.num_draft_tokens else None,
             num_scheduled=input_batch.num_draft_tokens,
             decodes=~input_batch.is_prefilling_np[: input_batch.num_reqs],
             reasons=reasons,
