@@ -1,6 +1,19 @@
+import random
+from collections import Counter
+from itertools import accumulate, dropwhile
+
+import pytest
 import torch
 
-from vllm_treespec.core.observe import draw_tree, marginal_acceptance, walk
+from vllm_treespec.core.observe import (
+    MAX_RANK,
+    count_step,
+    draw_tree,
+    marginal_acceptance,
+    walk,
+)
+from vllm_treespec.core.tree import TreeBuffers
+from vllm_treespec.core.verify.target_walk import AcceptedPaths
 
 #     root
 #    /    \
@@ -46,3 +59,67 @@ def test_a_single_proposer_is_worth_all_that_was_accepted():
     lengths = torch.tensor([2, 0, 1])
     proposers = torch.tensor([[0, 1, 1]] * 3)
     assert marginal_acceptance(proposers, nodes, lengths, 1).tolist() == [3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_is_counted_like_a_patient_reader_would(seed):
+    """Against lists: any tree, cut to what was scheduled, stale past its end."""
+    rng = random.Random(seed)
+    num_slots, width, num_proposers = 9, 14, 3
+    trees = TreeBuffers.allocate(num_slots, width, torch.device("cpu"))
+    paths = AcceptedPaths.allocate(num_slots, width, torch.device("cpu"))
+    slots = rng.sample(range(num_slots), 6)
+    scheduled = [5, 0, 13, 13, 1, 8]
+    expected = Counter()
+    verified, lengths = [], []
+    for row, slot in enumerate(slots):
+        num_nodes = rng.choice([1, 4, 14]) if row else 10
+        parents = [-1] + [rng.randrange(node // 2 + 1) for node in range(num_nodes - 1)]
+        bits = [0] + [rng.randrange(1, 1 << num_proposers) for _ in parents[1:]]
+        size = min(num_nodes - 1, scheduled[row])
+        path = [0]
+        while children := [
+            node for node in range(1, size + 1) if parents[node] == path[-1]
+        ]:
+            path.append(rng.choice(children))
+            expected[f"rank {min(children.index(path[-1]), MAX_RANK)}"] += 1
+        for proposer in range(num_proposers):
+            own = 1 << proposer
+            nodes = range(1, size + 1)
+            expected[f"drafted {proposer}"] += sum(bits[n] & own > 0 for n in nodes)
+            expected[f"accepted {proposer}"] += sum(bits[n] & own > 0 for n in path)
+            others = [bits[node] & ~own > 0 for node in path[1:]]
+            expected[f"exclusive {proposer}"] += len([*dropwhile(bool, others)])
+        stale = [rng.randrange(width) for _ in range(width)]
+        trees.num_nodes[slot] = num_nodes
+        trees.parents[slot] = torch.tensor(parents + stale[num_nodes:])
+        trees.proposers[slot] = torch.tensor(bits + stale[num_nodes:])
+        paths.nodes[row] = torch.tensor(path + stale[len(path) :])
+        paths.lengths[row] = len(path) - 1
+        verified.append(size)
+        lengths.append(len(path) - 1)
+    cu_num_logits = torch.tensor([0, *accumulate(each + 1 for each in scheduled)]).int()
+    counts = count_step(
+        trees, paths, torch.tensor(slots), cu_num_logits, num_proposers
+    ).to_host()
+    assert counts.verified.tolist() == verified
+    assert counts.lengths.tolist() == lengths
+    found = Counter()
+    for name, values in (
+        ("rank", counts.by_rank),
+        ("drafted", counts.drafted),
+        ("accepted", counts.accepted),
+        ("exclusive", counts.exclusive),
+    ):
+        found.update({f"{name} {place}": n for place, n in enumerate(values.tolist())})
+    assert found - expected == expected - found == Counter()
+
+
+def test_ranks_past_the_last_are_counted_together():
+    trees = TreeBuffers.allocate(1, 13, torch.device("cpu"))
+    paths = AcceptedPaths.allocate(1, 13, torch.device("cpu"))
+    trees.num_nodes[0], trees.parents[0, 1:] = 13, 0  # twelve children of the root
+    for node, rank in ((1, 0), (8, 7), (9, 8), (12, 8)):
+        paths.nodes[0, 1], paths.lengths[0] = node, 1
+        counts = count_step(trees, paths, torch.tensor([0]), torch.tensor([0, 13]), 1)
+        assert counts.by_rank.tolist() == [int(each == rank) for each in range(9)]

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 MODELS = Path(__file__).parents[2] / "models/python-stdlib"
 TARGET, DRAFT = MODELS / "target", MODELS / "draft"
@@ -30,13 +32,16 @@ TREE = {
         ]
     },
 }
+NUM_ASKED = 5  # requests of ``ask_everything``
 PROMPT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
 
 
-def command(speculative: dict[str, Any] | None, port: int) -> list[str]:
-    extra = []
+def command(
+    speculative: dict[str, Any] | None, port: int, num_api_servers: int = 1
+) -> list[str]:
+    extra = ["--api-server-count", str(num_api_servers)]
     if speculative is not None:
-        extra = ["--speculative-config", json.dumps(speculative)]
+        extra += ["--speculative-config", json.dumps(speculative)]
     return [
         *(str(VLLM), "serve", str(TARGET), "--served-model-name", "tiny"),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
@@ -62,12 +67,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(speculative: dict[str, Any] | None, log: Path) -> Iterator[int]:
+def serving(
+    speculative: dict[str, Any] | None, log: Path, num_api_servers: int = 1
+) -> Iterator[int]:
     """A running server; yields its port."""
     port = free_port()
     with log.open("w") as output:
         server = subprocess.Popen(
-            command(speculative, port),
+            command(speculative, port, num_api_servers),
             env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -126,21 +133,61 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
 def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
     with serving(None, tmp_path / "plain.log") as port, connect(port) as client:
         plain = ask_everything(client)
-    with serving(TREE, tmp_path / "tree.log") as port, connect(port) as client:
+    log = tmp_path / "tree.log"
+    with serving(TREE, log, num_api_servers=2) as port, connect(port) as client:
         trees = ask_everything(client)
-        accepted = counter(port, "vllm:spec_decode_num_accepted_tokens_total")
+        metrics = Scrape(port)
+        obey_a_choice(client)
+        later = Scrape(port)
     assert trees == plain
     assert trees["stream"] == trees["completion"]
     assert trees["chat stream"] == trees["chat"]
-    assert accepted > 0
+    assert metrics("spec_decode_num_accepted_tokens_total") > 0
+    # Two processes show what one engine did.
+    ahead = metrics("treespec_tree_size_count") - metrics(
+        "spec_decode_num_drafts_total"
+    )
+    assert 0 <= ahead <= NUM_ASKED
+    assert metrics("treespec_fallbacks_total") == 0
+    assert later("treespec_fallbacks_total", reason="structured_outputs") == 1
+    assert later("treespec_fallbacks_total") == 1
+    for proposer in ("draft_model", "suffix", "ngram"):
+        assert later("treespec_draft_seconds_total", proposer=proposer) > 0
 
 
-def counter(port: int, name: str) -> float:
-    from urllib.request import urlopen
+def obey_a_choice(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=8,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert answer.choices[0].text in ("yes", "no")
 
-    with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+class Scrape:
+    """What ``/metrics`` says, asked by name and, if need be, labels."""
+
+    def __init__(self, port: int) -> None:
+        with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            text = response.read().decode()
+        self._samples = [
+            sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        found = [
+            sample
+            for sample in self._samples
+            if sample.name == f"vllm:{name}" and labels.items() <= sample.labels.items()
+        ]
+        assert found, f"no series {name} {labels}"
+        for sample in found:
+            assert sample.labels["model_name"] == "tiny"
+            assert sample.labels["engine"] == "0"
+        return float(sum(sample.value for sample in found))
 
 
 @pytest.mark.parametrize(

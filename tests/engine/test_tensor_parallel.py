@@ -34,6 +34,9 @@ def main():
         del llm
     assert answers[0] == answers[1], answers
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0, metrics
+    # Both ranks verify, one reports.
+    num_nodes = metrics["vllm:spec_decode_num_draft_tokens"]
+    assert metrics["vllm:treespec_nodes_verified"] == num_nodes > 0, metrics
     print("identical")
 
 if __name__ == "__main__":

@@ -66,6 +66,12 @@ def requested(args: EngineArgs) -> dict[str, Any] | None:
     return raw
 
 
+def has_trees(vllm_config: VllmConfig) -> bool:
+    """Whether the rewrite made this configuration."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.model == METHOD
+
+
 def from_vllm_config(vllm_config: VllmConfig) -> TreeSpecConfig:
     """The configuration that the rewrite stored, in whatever process this is."""
     additional = vllm_config.additional_config

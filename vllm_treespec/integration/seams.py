@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_treespec.integration import carrier, metrics
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
 from vllm_treespec.integration.request_options import wrap_validate_spec_decode
 
@@ -68,8 +71,46 @@ class Patch:
         Hook(self.target, self.parameters, self.why).check()
 
 
+@dataclass(frozen=True, slots=True)
+class FieldPatch:
+    """The type of a dataclass field that we replace, for decoders made later."""
+
+    target: str  # "module:class.field"
+    expected: Any
+    replacement: Any
+    why: str
+
+    def install(self) -> None:
+        annotations, name = self._find()
+        if annotations[name] != self.replacement:
+            self.check()
+            annotations[name] = self.replacement
+
+    def uninstall(self) -> None:
+        annotations, name = self._find()
+        annotations[name] = self.expected
+
+    def check(self) -> None:
+        """
+        Raises:
+            SeamError: if the field is gone or of another type.
+        """
+        annotations, name = self._find()
+        if annotations.get(name) not in (self.expected, self.replacement):
+            raise SeamError(
+                f"{self.target} is {annotations.get(name)}, treespec expects {self.expected}"
+            )
+
+    def _find(self) -> tuple[dict[str, Any], str]:
+        path, _, name = self.target.rpartition(".")
+        owner, attribute, _ = _resolve(path)
+        return getattr(owner, attribute).__annotations__, name
+
+
 ORIGINAL = "__treespec_original__"
 
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_LOGGERS = "vllm.v1.metrics.loggers"
 PATCHES = (
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
@@ -83,10 +124,74 @@ PATCHES = (
         wrap=wrap_validate_spec_decode,
         why="min_p and logit_bias are refused with any speculative method",
     ),
+    Patch(
+        target=f"{_SCHEDULER}.add_request",
+        parameters=("self", "request"),
+        wrap=carrier.wrap_add_request,
+        why="a request's statistics take placeholders for drafts",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.update_from_output",
+        parameters=("self", "scheduler_output", "model_runner_output"),
+        wrap=carrier.wrap_update_from_output,
+        why="what a worker counts has no way to the metrics",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.make_spec_decoding_stats",
+        parameters=(
+            "self",
+            "spec_decoding_stats",
+            "num_draft_tokens",
+            "num_accepted_tokens",
+            "num_invalid_spec_tokens",
+            "request_id",
+        ),
+        wrap=carrier.wrap_make_spec_decoding_stats,
+        why="placeholders without a draft count as a draft",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.make_stats",
+        parameters=("self", "spec_decoding_stats"),
+        wrap=carrier.wrap_make_stats,
+        why="what a worker counts has no way to the metrics",
+    ),
+    FieldPatch(
+        target="vllm.v1.metrics.stats:SchedulerStats.spec_decoding_stats",
+        expected=SpecDecodingStats | None,
+        replacement=carrier.TreeDecodingStats | None,
+        why="statistics are decoded by declared type, and this one has no room",
+    ),
+    Patch(
+        target=f"{_LOGGERS}:PrometheusStatLogger.__init__",
+        parameters=("self", "vllm_config", "engine_indexes"),
+        wrap=metrics.wrap_prometheus_logger,
+        why="no hook adds series to vLLM's, whatever they are shown by",
+    ),
+    Patch(
+        target=f"{_LOGGERS}:LoggingStatLogger.__init__",
+        parameters=("self", "vllm_config", "engine_index"),
+        wrap=metrics.wrap_text_logger,
+        why="vLLM's line has a number for each node",
+    ),
 )
 
 _GPU = "vllm.v1.worker.gpu"
 HOOKS = (
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        ("self", "grammar_output"),
+        "the step's report goes along with its tokens",
+    ),
+    Hook(
+        "vllm.v1.outputs:AsyncModelRunnerOutput.get_output",
+        ("self",),
+        "the report is finished once the tokens have been copied",
+    ),
+    Hook(
+        "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.observe",
+        ("self", "num_draft_tokens", "num_accepted", "detailed"),
+        "steps without a tree are not counted as drafted",
+    ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.init_device",
         ("self",),

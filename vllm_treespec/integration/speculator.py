@@ -21,6 +21,7 @@ from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.feedback import Feedback
 from vllm_treespec.core.kernel_set import choose_kernels
+from vllm_treespec.core.observe import StepCounts, count_step
 from vllm_treespec.core.propose.factory import make_proposers
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
@@ -31,7 +32,14 @@ from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason, count_fallback
 from vllm_treespec.integration.host_drafts import HostDrafts
 from vllm_treespec.integration.layer_skip import LayerSkip
+from vllm_treespec.integration.metrics import (
+    FALLBACK_REASONS,
+    NOT_SCHEDULED,
+    NOTHING_OFFERED,
+    RESTING,
+)
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.worth import Worth
 
@@ -107,6 +115,10 @@ class TreeSpeculator(DraftModelSpeculator):
             ranks=self._ranks,
             device=device,
         )
+        self._reporter = Reporter(len(config.proposers))
+        self._counts: StepCounts | None = None  # of the last step that verified drafts
+        # [max_num_reqs], why a slot would have no drafts verified
+        self._no_draft_reasons = np.full(max_num_reqs, NOTHING_OFFERED, np.int8)
         self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
         self.has_custom_processors = False  # until the sampler is made
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
@@ -246,6 +258,9 @@ class TreeSpeculator(DraftModelSpeculator):
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         slots = input_batch.idx_mapping[:num_reqs]
+        self._reporter.decoded(
+            input_batch, self._no_draft_reasons[input_batch.idx_mapping_np]
+        )
         self._learn(input_batch, slots)
         if self.hosted is not None:
             self.hosted.fetch_sampled(slots, num_sampled)
@@ -269,12 +284,37 @@ class TreeSpeculator(DraftModelSpeculator):
         self._num_drafts[input_batch.idx_mapping_np] = np.minimum(
             offered, num_speculative_tokens
         )
+        idle = NOTHING_OFFERED if any(self._worth.drafting) else RESTING
+        self._no_draft_reasons[input_batch.idx_mapping_np] = np.where(
+            (offered > 0) | (num_speculative_tokens == 0), NOT_SCHEDULED, idle
+        )
         draft_tokens = self._build(slots, budgets, slot_list, draws=draws)
         self._feedback.remember(slots, self.req_states.total_len.gpu)
         self._worth.end_step()
         if self.hosted is not None:
             self.hosted.learn(slots_np)
         return draft_tokens
+
+    def count(self, input_batch: Any) -> None:
+        """Drafts were verified; their trees are about to be replaced."""
+        num_reqs = input_batch.num_reqs
+        self._counts = count_step(
+            self.trees,
+            self.paths,
+            input_batch.idx_mapping[:num_reqs],
+            input_batch.cu_num_logits[: num_reqs + 1],
+            len(self._names),
+        )
+        if self._ranks.is_first_rank:
+            self._reporter.verified(self._counts)
+
+    def take_report(self) -> PendingReport | None:
+        """What the step came to, on the first rank."""
+        pending = self._reporter.take(
+            fallbacks=[self.fallbacks[reason] for reason in FALLBACK_REASONS],
+            draft_seconds=self._worth.stopwatch.seconds(),
+        )
+        return pending if self._ranks.is_first_rank else None
 
     def _draws(self, slot_list: list[int], num_nodes: int) -> bool:
         """Whether a request of this batch has its children drawn."""
@@ -311,8 +351,8 @@ class TreeSpeculator(DraftModelSpeculator):
         """Compare what the target said with the last trees, and with what was drafted."""
         states = self.req_states
         self._worth.stopwatch.step()
-        if input_batch.num_draft_tokens:  # else the paths are those of an older step
-            self._worth.observe(self.trees, self.paths, slots)
+        if input_batch.num_draft_tokens and self._counts is not None:
+            self._worth.observe(self._counts)
             for index, draft in self.drafts.items():
                 draft.learn(self.trees, self.paths, slots, index)
         self.builder.learn(

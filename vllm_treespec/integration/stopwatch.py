@@ -16,6 +16,7 @@ class Stopwatch:
     def __init__(self, num_laps: int, device: torch.device) -> None:
         self._on_cpu = device.type == "cpu"
         self._seconds = [0.0] * num_laps
+        self._last_read = [0.0] * num_laps
         self._pending: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._intervals: list[float] = []
         self._last_step: float | None = None
@@ -45,11 +46,8 @@ class Stopwatch:
         end.record()
         self._pending.append((lap, begin, end))
 
-    def read(self) -> tuple[list[float], float]:
-        """Seconds per lap and of all steps since the last call.
-
-        A pause between requests is no step: the total is that of as many median ones.
-        """
+    def seconds(self) -> list[float]:
+        """Per lap, all that is known to have ended since the start."""
         still_running = []
         for lap, begin, end in self._pending:
             if end.query():  # type: ignore[no-untyped-call]
@@ -57,6 +55,14 @@ class Stopwatch:
             else:
                 still_running.append((lap, begin, end))
         self._pending = still_running
-        seconds, intervals = self._seconds, self._intervals
-        self._seconds, self._intervals = [0.0] * len(seconds), []
-        return seconds, median(intervals) * len(intervals) if intervals else 0.0
+        return list(self._seconds)
+
+    def read(self) -> tuple[list[float], float]:
+        """Seconds per lap and of all steps since the last call.
+
+        A pause between requests is no step: the total is that of as many median ones.
+        """
+        seconds, intervals = self.seconds(), self._intervals
+        since = [now - then for now, then in zip(seconds, self._last_read, strict=True)]
+        self._last_read, self._intervals = seconds, []
+        return since, median(intervals) * len(intervals) if intervals else 0.0

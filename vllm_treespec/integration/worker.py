@@ -9,6 +9,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_treespec.integration.attention import tree_backend
 from vllm_treespec.integration.layer_skip import LayerSkip
+from vllm_treespec.integration.reports import ReportedOutput
 from vllm_treespec.integration.seams import check_hooks
 from vllm_treespec.integration.speculator import TreeSpeculator
 
@@ -30,6 +31,11 @@ class TreeWorker(PlatformWorker):
     def load_model(self, **options: Any) -> None:
         with tree_backend(self.vllm_config):
             super().load_model(**options)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        pending = self.model_runner.speculator.take_report()
+        return output if pending is None else ReportedOutput(output, pending)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Drafts for the synchronous scheduler, without the padding behind them."""

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_treespec.core.observe import marginal_acceptance
 from vllm_treespec.core.roster import WINDOW, Roster
 from vllm_treespec.integration.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from vllm_treespec.core.tree import TreeBuffers
-    from vllm_treespec.core.verify.target_walk import AcceptedPaths
+    from vllm_treespec.core.observe import StepCounts
 
 
 class Worth:
@@ -42,29 +40,17 @@ class Worth:
         """Per proposer, whether it drafts this step."""
         return self._roster.drafting
 
-    def observe(
-        self,
-        trees: TreeBuffers,
-        paths: AcceptedPaths,
-        slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-    ) -> None:
-        """Count a step's accepted paths; before the trees are replaced."""
-        lengths = paths.lengths[: slots.shape[0]]
-        gains = marginal_acceptance(
-            trees.proposers[slots],
-            paths.nodes[: slots.shape[0]],
-            lengths,
-            len(self.drafting),
-        )
-        self._counts[0] += (lengths + 1).sum()
-        self._counts[1:] += gains
+    def observe(self, counts: StepCounts) -> None:
+        """Add a step's."""
+        self._counts[0] += (counts.lengths + 1).sum()
+        self._counts[1:] += counts.exclusive
 
     def end_step(self) -> None:
         """Decide anew who drafts, if a window is over."""
         self._num_steps += 1
-        if not self._adaptive or self._num_steps % WINDOW:
+        if self._num_steps % WINDOW:
             return
-        if self._times is not None:
+        if self._adaptive and self._times is not None:
             num_emitted, *gains = self._copied.tolist()
             seconds, total_seconds = self._times
             self._roster.judge(
