@@ -229,6 +229,46 @@ def test_growing_never_asks_what_is_on_the_device(fixed):
         )
 
 
+def test_a_request_stops_where_its_rows_are_too_unlikely():
+    """By the draft's own account; the others go on."""
+    shape = BestFirst(depth=4, width=2, num_children=3, device=CPU)
+    free, _ = grow(shape, num_reqs=6)
+    reach = torch.tensor(0.3)
+    grower = TreeGrower(shape, 7, CPU, min_reach=reach)
+    model = ToyModel(grower, 6)
+    out = DeviceCandidates.allocate(1, 7, 64, CPU).of(0)
+    grower.grow(
+        model.first_logits(),
+        torch.full((6,), 7, dtype=torch.int32),
+        1000,
+        torch.ones(6, dtype=torch.bool),
+        torch.ones(6),
+        model,
+        out,
+    )
+    depths = []
+    for req in range(6):
+        paths = paths_of(out, req)
+        depths.append(max(len(path) for path, _ in paths))
+        expected = [each for each in paths_of(free, req) if len(each[0]) <= depths[-1]]
+        assert paths == expected
+        for depth in range(1, depths[-1]):
+            rows = sorted(
+                (score for path, score in paths if len(path) == depth), reverse=True
+            )[:2]
+            assert sum(math.exp(score) for score in rows) >= 0.3 - 1e-6
+        if depths[-1] < 4:
+            rows = sorted(
+                (score for path, score in paths if len(path) == depths[-1]),
+                reverse=True,
+            )[:2]
+            assert sum(math.exp(score) for score in rows) < 0.3
+    assert len(set(depths)) > 1
+    assert depths == grower.num_levels[:6].tolist()
+    assert grower.goes_on(max(depths) - 2)
+    assert not grower.goes_on(max(depths) - 1)
+
+
 KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
 
 

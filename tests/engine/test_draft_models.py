@@ -63,6 +63,7 @@ def check(start, proposers, acceptance):
         kernels="auto",
         draft=None,
         params=None,
+        dismissed=False,
         **options,
     ):
         sampling = params or {}
@@ -79,6 +80,8 @@ def check(start, proposers, acceptance):
         )
         assert engine.greedy(prompts, max_tokens, **sampling) == plain
         assert sum(acceptance.lengths) > 0
+        # A check inside a draft that fails would only dismiss it.
+        assert dismissed or engine.runner.speculator.drafts
         return engine
 
     return check
@@ -374,7 +377,7 @@ def test_a_draft_that_raises_is_dismissed_and_requests_go_on(
         return original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
-    check(model_path("llama"), prompts(), max_tokens=20)
+    check(model_path("llama"), prompts(), max_tokens=20, dismissed=True)
     assert len(calls) == 5
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from vllm_treespec.config import ConfigError, SkipSet
@@ -12,13 +16,12 @@ from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.skipped_layers import (
     SkippedPart,
     default_skip_set,
-    fingerprint,
 )
 
 SETS = {
     "prefix": {"attention": [2, 3], "mlp": [2, 3]},
     "not a prefix": {"attention": [1, 2], "mlp": [1, 2]},
-    "attention only": {"attention": [0, 2, 3]},
+    "attention only": {"attention": [1, 3]},
     "mlp only": {"mlp": [1, 2, 3]},
     "mixed": {"attention": [1, 3], "mlp": [0, 1]},
 }
@@ -33,42 +36,47 @@ def layer_skip(skipped="not a prefix", **options):
 def untouched(monkeypatch):
     """Compares all KV around each step's drafting, bit by bit: nothing changes but
     places of the newest tokens and behind them. Counts the places that do."""
-    changes, before = [], {}
+    changes, strays, before = [], [], {}
     catch_up, propose = LayerSkip.catch_up, LayerSkip.propose
 
-    def layers(draft):
-        return draft._vllm_config.compilation_config.static_forward_context
+    def caches(draft):
+        """Layers of several KV cache groups may share one."""
+        layers = draft._vllm_config.compilation_config.static_forward_context.values()
+        caches = [each.kv_cache for each in layers if hasattr(each, "kv_cache")]
+        return {each.data_ptr(): each for each in caches}
 
     def spied_catch_up(draft, *args):
-        before.update({name: x.kv_cache.clone() for name, x in layers(draft).items()})
+        before.update({key: each.clone() for key, each in caches(draft).items()})
         catch_up(draft, *args)
 
     def spied_propose(draft, num_reqs, **options):
         offered = propose(draft, num_reqs, **options)
-        kv_cache_config, block_tables = draft._cache
-        for group, tables, block_size in zip(
-            kv_cache_config.kv_cache_groups,
-            block_tables.input_block_tables,
-            block_tables.block_sizes,
-            strict=True,
+        _, block_tables = draft._cache
+        stray = {  # [blocks, block_size] each
+            key: (before[key] != each).any(3).any(1)
+            for key, each in caches(draft).items()
+        }
+        changes.append(sum(int(each.sum()) for each in stray.values()))
+        for tables, block_size in zip(
+            block_tables.input_block_tables, block_tables.block_sizes, strict=True
         ):
-            for name in group.layer_names:
-                after = layers(draft)[name].kv_cache
-                changed = (before[name] != after).any(3).any(1)  # [blocks, block_size]
-                changes.append(int(changed.sum()))
-                for row in range(num_reqs):
-                    if draft._active[row]:
-                        first = int(draft._ends[row]) - 1
-                        last = min(first + draft.grower.max_num_nodes, draft.max_len)
-                        places = torch.arange(first, last)
-                        blocks = tables[row, places // block_size].long()
-                        changed[blocks, places % block_size] = False
-                assert not changed.any()
+            for row in range(num_reqs):
+                if draft._active[row]:
+                    first = int(draft._ends[row]) - 1
+                    last = min(first + draft.grower.max_num_nodes, draft.max_len)
+                    places = torch.arange(first, last)
+                    blocks = tables[row, places // block_size].long()
+                    for each in stray.values():
+                        each[blocks, places % block_size] = False
+        # Not asserted here: a proposer that raises is only dismissed.
+        strays.append(sum(int(each.sum()) for each in stray.values()))
         return offered
 
     monkeypatch.setattr(LayerSkip, "catch_up", spied_catch_up)
     monkeypatch.setattr(LayerSkip, "propose", spied_propose)
-    return changes
+    yield changes
+    assert sum(changes) > 0
+    assert sum(strays) == 0
 
 
 @pytest.fixture
@@ -85,6 +93,7 @@ def check(start, acceptance):
         )
         assert engine.greedy(batch, max_tokens) == plain
         assert sum(acceptance.lengths) > 0
+        assert len(engine.runner.speculator.drafts) > 0  # none was dismissed
         return engine
 
     return check
@@ -109,7 +118,6 @@ def test_every_kind_of_skip_set_keeps_the_tokens_and_the_verified_kv(
         [layer_skip(skipped)],
         async_scheduling=async_scheduling,
     )
-    assert sum(untouched) > 0
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
@@ -133,7 +141,7 @@ def test_chunked_prefill_preemption_and_prefix_caching(
 
 
 def test_together_with_a_draft_model_and_suffixes(
-    deep_model_path, draft_path, prompts, check, acceptance
+    deep_model_path, draft_path, prompts, check
 ):
     check(
         deep_model_path("llama"),
@@ -145,7 +153,6 @@ def test_together_with_a_draft_model_and_suffixes(
         ],
         nodes=10,
     )
-    assert acceptance.off_first_branch > 0
 
 
 def test_up_to_the_last_position(deep_model_path, prompts, check):
@@ -186,8 +193,7 @@ def test_the_draft_says_what_the_skipped_target_says_of_the_targets_own_kv(
                 position_ids=torch.tensor([[end - 1]]),
             ).logits[0]
         found = draft._logits(draft._newest_hidden[:1])
-        torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
-        checked.append(end)
+        checked.append(torch.allclose(found, logits, rtol=1e-3, atol=1e-3))
         return offered
 
     monkeypatch.setattr(LayerSkip, "propose", propose)
@@ -196,6 +202,7 @@ def test_the_draft_says_what_the_skipped_target_says_of_the_targets_own_kv(
     engine = start(path, tree={"proposers": [proposer], "adaptive": False})
     engine.greedy(prompts(2), 12)
     assert len(checked) > 4
+    assert all(checked)
 
 
 def test_no_weights_and_no_kv_of_its_own(deep_model_path, start):
@@ -271,15 +278,48 @@ def test_adapters_are_refused(deep_model_path, start):
         )
 
 
-def test_the_fingerprint_is_the_models_own(deep_model_path, start):
-    prints = []
-    for architecture in ("llama", "qwen3"):
-        runner = start(deep_model_path(architecture)).runner
-        prints.append(fingerprint(runner.model))
-        assert fingerprint(runner.model) == prints[-1]
-    assert prints[0] == prints[1]  # all norms of new models are ones
-
-
 def test_default_sets_leave_the_outer_layers():
     assert default_skip_set(12).attention == (1, 3, 5, 7, 9)
     assert default_skip_set(2).attention == ()
+
+
+@pytest.fixture
+def quantized_path(deep_model_path, tmp_path):
+    """The deep Llama with int8 weights per channel, as llm-compressor writes them."""
+    path = Path(deep_model_path("llama"))
+    config = json.loads((path / "config.json").read_text())
+    kind = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**kind, "strategy": "channel", "dynamic": False},
+                "input_activations": {**kind, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        weights[name] = weight
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale
+    save_file(weights, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+def test_a_quantized_target_drafts_with_its_quantized_layers(
+    quantized_path, prompts, check
+):
+    engine = check(quantized_path, prompts(2), [layer_skip()], max_tokens=12)
+    (draft,) = engine.runner.speculator.drafts.values()
+    for index in (0, 3):
+        own = engine.runner.model.model.layers[index]
+        assert draft.model.model.layers[index] is own
+        assert own.mlp.down_proj.quant_method is not None

@@ -19,7 +19,8 @@ def main():
     params = SamplingParams(temperature=0.0, max_tokens=24)
     answers = []
     draft = {"type": "draft_model", "model": sys.argv[2], "depth": 3, "width": 2}
-    tree = {"proposers": [draft, {"type": "suffix"}, {"type": "ngram"}]}
+    skip = {"type": "layer_skip", "depth": 2, "width": 2}
+    tree = {"proposers": [draft, skip, {"type": "suffix"}, {"type": "ngram"}]}
     for tree in (None, tree):
         speculative = tree and {
             "method": "treespec", "num_speculative_tokens": 8, "tree": tree}
