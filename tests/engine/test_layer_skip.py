@@ -185,20 +185,30 @@ def test_the_draft_says_what_the_skipped_target_says_of_the_targets_own_kv(
             return offered
         end, slot = int(draft._ends[0]), int(draft._slots[0])
         history = draft._req_states.all_token_ids.gpu[slot, :end].tolist()
+        # The longest path, by way of the tree's own parents.
+        count = int(draft._out.num_candidates[0])
+        parents = draft._out.parents[0, :count].tolist()
+        paths = {-1: ()}
+        for place, parent in enumerate(parents):
+            paths[place] = (*paths[parent], place)
+        path = max(paths.values(), key=len)
+        drafted = draft._out.token_ids[0, list(path)].tolist()
         with torch.no_grad():
             cache = target(torch.tensor([history[:-1]])).past_key_values
             logits = skipped(
-                torch.tensor([history[-1:]]),
+                torch.tensor([[history[-1], *drafted[:-1]]]),
                 past_key_values=cache,
-                position_ids=torch.tensor([[end - 1]]),
+                position_ids=torch.arange(end - 1, end - 1 + len(drafted))[None],
             ).logits[0]
-        found = draft._logits(draft._newest_hidden[:1])
-        checked.append(torch.allclose(found, logits, rtol=1e-3, atol=1e-3))
+        log_probs = (logits / draft._temperatures[0]).log_softmax(-1)
+        score = log_probs[range(len(drafted)), drafted].sum()
+        found = draft._out.scores[0, path[-1]]
+        checked.append(torch.allclose(found, score, rtol=1e-3, atol=1e-3))
         return offered
 
     monkeypatch.setattr(LayerSkip, "propose", propose)
     sets = {"attention": list(skip.attention), "mlp": list(skip.mlp)}
-    proposer = {"type": "layer_skip", "skip": sets, **SHAPE}
+    proposer = {"type": "layer_skip", "skip": sets, **SHAPE, "early_stop": False}
     engine = start(path, tree={"proposers": [proposer], "adaptive": False})
     engine.greedy(prompts(2), 12)
     assert len(checked) > 4

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from vllm_treespec import __main__ as command
-from vllm_treespec.config import ConfigError
+from vllm_treespec.config import ConfigError, SkipSet
 from vllm_treespec.integration.measure_acceptance import Measured, MeasureOptions
+from vllm_treespec.integration.tune_layer_skip import Outcome, Tuned, TuneOptions
 
 main = command.main
 REQUIRED = ["--draft", "small", "--data", "text.txt"]
@@ -100,3 +101,40 @@ def test_a_wrong_option_is_an_error_exit_before_anything_is_measured(
 def test_all_problems_of_a_measurement_are_told_at_once():
     with pytest.raises(ConfigError, match=r"(?s)max_tokens=0.*temperature=-1"):
         MeasureOptions(target="t", draft="d", data="x", max_tokens=0, temperature=-1)
+
+
+def test_tune_layer_skip_searches_writes_and_compares(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def outcome(*skipped, speedup):
+        skip = SkipSet(attention=skipped, model="large", num_layers=8)
+        return Outcome(
+            skip=skip, accepted_at=(0.5, 0.25), ratio=0.5, depth=2, speedup=speedup
+        )
+
+    def tune(options):
+        asked.append(options)
+        return Tuned(
+            best=outcome(1, 2, speedup=1.25),
+            compared={"0%": outcome(speedup=1.0)},
+            num_trials=7,
+            options=options,
+        )
+
+    monkeypatch.setattr(command, "tune_layer_skip", tune)
+    out = tmp_path / "skip.json"
+    options = ["--data", "text.txt", "--out", str(out), "--trials", "7"]
+    assert main(["tune", "layer-skip", "large", *options]) == 0
+    expected = TuneOptions(
+        model="large", data="text.txt", trials=7, study=f"{out}.study"
+    )
+    assert asked == [expected]
+    written = json.loads(out.read_text())
+    assert (written["attention"], written["expected_speedup"]) == ([1, 2], 1.25)
+    assert (written["model"], written["num_layers"]) == ("large", 8)
+    printed = capsys.readouterr().out
+    assert "7 sets tried" in printed
+    assert (
+        "|   tuned |         2 |   0 |       0.50 |     2 |        1.75 |     1.25 |"
+        in printed
+    )
