@@ -106,15 +106,19 @@ class DeviceDraft(ABC):
         self.drawing: Drawing | None = None
         self._feed_decodes = GraphedRows(self._feed_evenly)
         # By whether requests draw. In one piece, or level by level with an end.
-        self._grow_all = [GraphedRows(partial(self._grow, draws=d)) for d in (0, 1)]
+        self._grow_all = [
+            GraphedRows(partial(self._grow, draws=d)) for d in (False, True)
+        ]
         self._grow_level = [
             [
                 GraphedRows(partial(self._level, level=level, draws=d))
                 for level in range(self.grower.depth)
             ]
-            for d in (0, 1)
+            for d in (False, True)
         ]
-        self._finish = [GraphedRows(partial(self._rank, draws=d)) for d in (0, 1)]
+        self._finish = [
+            GraphedRows(partial(self._rank, draws=d)) for d in (False, True)
+        ]
 
     @abstractmethod
     def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
@@ -182,7 +186,7 @@ class DeviceDraft(ABC):
     def capture(self) -> None:
         """Capture the feeding of decoding requests and the growth of all levels."""
         self._feed_decodes.capture(min(self._max_num_reqs, self._max_num_even_reqs))
-        for draws in (0, 1) if self.drawing is not None else (0,):
+        for draws in (False, True) if self.drawing is not None else (False,):
             pieces = [self._grow_all[draws]]
             if self._stop is not None:
                 pieces = [*self._grow_level[draws], self._finish[draws]]

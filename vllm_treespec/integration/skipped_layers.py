@@ -104,8 +104,8 @@ def fingerprint(target: torch.nn.Module) -> str:
     _, layers = layers_of(target)
     digest = hashlib.sha256(str(len(layers)).encode())
     for layer in (layers[0], layers[-1]):
-        weight = layer.input_layernorm.weight.detach().to(torch.bfloat16)
-        digest.update(weight.float().cpu().numpy().tobytes())
+        weight = layer.get_parameter("input_layernorm.weight").detach()
+        digest.update(weight.to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

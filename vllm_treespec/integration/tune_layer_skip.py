@@ -147,7 +147,7 @@ def _try(trial: optuna.Trial, engine: _Engine) -> float:
 PARTS = ("attention", "mlp")
 
 
-def _open_study(optuna: Any, options: TuneOptions, engine: _Engine) -> optuna.Study:
+def _open_study(optuna: Any, options: TuneOptions, engine: _Engine) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = None
     if options.study is not None:
