@@ -294,25 +294,30 @@ def store_paths(
 
 def launch(
     kernel: Any,
-    slots: torch.Tensor,
-    cu_num_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    draft_logits: torch.Tensor,
-    sources: torch.Tensor,
-    drawn: torch.Tensor,
-    temperatures: torch.Tensor,
-    token_ids: torch.Tensor,
-    parents: torch.Tensor,
-    num_nodes: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sampled: torch.Tensor,
-    num_sampled: torch.Tensor,
-    path_nodes: torch.Tensor,
-    path_lengths: torch.Tensor,
+    slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32, nodes per row, summed
+    target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, -inf: impossible
+    draft_logits: torch.Tensor,  # [max_num_sources, vocab_size] float, by no temperature
+    sources: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, row of draft_logits
+    # that a node's drawn children came from, -1: it has none
+    drawn: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, 1: drawn, 0: fixed
+    temperatures: torch.Tensor,  # [max_num_reqs] float32, > 0, divide draft_logits
+    token_ids: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, column 0 unused
+    parents: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, root -1
+    num_nodes: torch.Tensor,  # [max_num_reqs] int32, root included
+    seeds: torch.Tensor,  # [max_num_reqs] int64
+    positions: torch.Tensor,  # [num_reqs] int64, of the root
+    sampled: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int64, 0 past num_sampled
+    num_sampled: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes and a bonus
+    path_nodes: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int32, node per depth
+    path_lengths: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes
     **constants: Any,
 ) -> None:
-    """Run one of the rules' kernels, which take the same arguments."""
+    """Run one of the rules' kernels, which take the same arguments.
+
+    A number is used once: it belongs to a seed, the root's position, which no other
+    step of a request has, and a node.
+    """
     num_reqs, max_num_nodes = slots.shape[0], parents.shape[1]
     vocab_size = target_logits.shape[1]
     trees = {"sources": sources, "drawn": drawn, "token_ids": token_ids}

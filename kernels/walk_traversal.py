@@ -1,6 +1,7 @@
 """Traversal verification: whole paths are accepted, leaves first."""
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 
@@ -245,53 +246,16 @@ def _walk_traversal_kernel(
     )
 
 
-def walk_traversal(
-    slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32, nodes per row, summed
-    target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, -inf: impossible
-    draft_logits: torch.Tensor,  # [max_num_sources, vocab_size] float, by no temperature
-    sources: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, row of draft_logits
-    # that a node's drawn children came from, -1: it has none
-    drawn: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, 1: drawn, 0: fixed
-    temperatures: torch.Tensor,  # [max_num_reqs] float32, > 0, divide draft_logits
-    token_ids: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, column 0 unused
-    parents: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, root -1
-    num_nodes: torch.Tensor,  # [max_num_reqs] int32, root included
-    seeds: torch.Tensor,  # [max_num_reqs] int64
-    positions: torch.Tensor,  # [num_reqs] int64, of the root
-    sampled: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int64, 0 past num_sampled
-    num_sampled: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes and a bonus
-    path_nodes: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int32, node per depth
-    path_lengths: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes
-) -> None:
-    """Accept the deepest path that the target can be said to have taken.
+walk_traversal = functools.partial(launch, _walk_traversal_kernel)
+"""Accept the deepest path that the target can be said to have taken.
 
-    Going down to the first leaf, a path is accepted with the probability that its
-    nodes' ratios leave together; a rejected leaf is removed and leaves its parent a
-    residual, until the parent is a leaf itself. The root is always accepted. What is
-    left of the target at the end of the path gives the next token; a fixed child that
-    carries it is the root of the next such traversal.
+Going down to the first leaf, a path is accepted with the probability that its nodes'
+ratios leave together; a rejected leaf is removed and leaves its parent a residual, until
+the parent is a leaf itself. The root is always accepted. What is left of the target at
+the end of the path gives the next token; a fixed child that carries it is the root of the
+next such traversal.
 
-    Children were drawn as for ``walk_without_replacement``, and the numbers are keyed
-    as there: by the root's position, since nodes are tried that lie deeper than the
-    accepted path, and would be again, with the same numbers, in the next step.
-    """
-    launch(
-        _walk_traversal_kernel,
-        slots,
-        cu_num_logits,
-        target_logits,
-        draft_logits,
-        sources,
-        drawn,
-        temperatures,
-        token_ids,
-        parents,
-        num_nodes,
-        seeds,
-        positions,
-        sampled,
-        num_sampled,
-        path_nodes,
-        path_lengths,
-    )
+Children were drawn as for ``walk_without_replacement``, and the numbers are keyed as
+there: by the root's position, since nodes are tried that lie deeper than the accepted
+path, and would be again, with the same numbers, in the next step.
+"""

@@ -1,6 +1,7 @@
 """Recursive rejection sampling over children drawn without replacement."""
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 
@@ -196,53 +197,12 @@ def _walk_down_kernel(
     )
 
 
-def walk_without_replacement(
-    slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32, nodes per row, summed
-    target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, -inf: impossible
-    draft_logits: torch.Tensor,  # [max_num_sources, vocab_size] float, by no temperature
-    sources: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, row of draft_logits
-    # that a node's drawn children came from, -1: it has none
-    drawn: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, 1: drawn, 0: fixed
-    temperatures: torch.Tensor,  # [max_num_reqs] float32, > 0, divide draft_logits
-    token_ids: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, column 0 unused
-    parents: torch.Tensor,  # [max_num_reqs, max_num_nodes] int32, root -1
-    num_nodes: torch.Tensor,  # [max_num_reqs] int32, root included
-    seeds: torch.Tensor,  # [max_num_reqs] int64
-    positions: torch.Tensor,  # [num_reqs] int64, of the root
-    sampled: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int64, 0 past num_sampled
-    num_sampled: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes and a bonus
-    path_nodes: torch.Tensor,  # out [>= num_reqs, max_num_nodes] int32, node per depth
-    path_lengths: torch.Tensor,  # out [>= num_reqs] int32, accepted nodes
-) -> None:
-    """Accept drawn children in draw order, each against what the last one left.
+walk_without_replacement = functools.partial(launch, _walk_down_kernel, REPLACED=False)
+"""Accept drawn children in draw order, each against what the last one left.
 
-    Siblings were drawn from ``softmax(draft_logits / temperature)`` without putting
-    back, in node order. What is left of the target after the last of them gives the
-    next token, and the walk goes on if a fixed child carries it. A drawn child of
-    probability zero, of a node without a source, or with an earlier sibling's token is
-    no child: nothing can have drawn it.
-
-    A number is used once: it belongs to a seed, the root's position, which no other
-    step of a request has, and a node.
-    """
-    launch(
-        _walk_down_kernel,
-        slots,
-        cu_num_logits,
-        target_logits,
-        draft_logits,
-        sources,
-        drawn,
-        temperatures,
-        token_ids,
-        parents,
-        num_nodes,
-        seeds,
-        positions,
-        sampled,
-        num_sampled,
-        path_nodes,
-        path_lengths,
-        REPLACED=False,
-    )
+Siblings were drawn from ``softmax(draft_logits / temperature)`` without putting back, in
+node order. What is left of the target after the last of them gives the next token, and
+the walk goes on if a fixed child carries it. A drawn child of probability zero, of a
+node without a source, or with an earlier sibling's token is no child: nothing can have
+drawn it.
+"""

@@ -44,7 +44,7 @@ def step(rule: DrawnRule, kernels: str, drawn: bool) -> tuple[torch.Tensor, ...]
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "fixed"])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kernel)
 def test_a_rule_fills_the_paths_as_the_target_walk_does(
     rule: DrawnRule, kernels: str, drawn: bool
 ):

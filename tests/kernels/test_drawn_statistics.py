@@ -187,6 +187,6 @@ def test_a_residual_that_is_not_normalised_is_noticed(monkeypatch: pytest.Monkey
         target_scale = arguments[3]
         return (target_scale.to(tl.float64) * 0 + 1,) * 2
 
-    module = sys.modules[walk_without_replacement.__module__]
+    module = sys.modules["vllm_treespec.kernels.walk_without_replacement"]
     monkeypatch.setattr(module, "masses", ones)
     assert p_value(*count(walk_without_replacement, False, seed=0)) < FALSE_ALARM

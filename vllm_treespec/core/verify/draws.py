@@ -13,7 +13,6 @@ tokens that were drawn for them or for their later siblings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,57 +62,48 @@ class Draws:
         )
 
 
-# One of the rules: the arguments of ``walk_drawn``, with the kernels to choose from.
-DrawnRule = Callable[
-    [
-        KernelSet,
-        TreeBuffers,
-        Draws,
-        AcceptedPaths,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-    ],
-    tuple[torch.Tensor, torch.Tensor],
-]
+@dataclass(frozen=True, slots=True)
+class DrawnRule:
+    """One of the rules beside this file."""
 
+    kernel: str  # its name in ``KernelSet``
 
-def walk_drawn(
-    kernel: Callable[..., None],
-    trees: TreeBuffers,
-    draws: Draws,
-    paths: AcceptedPaths,  # written, rows in batch order
-    slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
-    target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, processed
-    positions: torch.Tensor,  # [num_reqs] int64, of every row's root
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Emitted tokens and their count, as ``walk_target`` returns them.
+    def __call__(
+        self,
+        kernels: KernelSet,
+        trees: TreeBuffers,
+        draws: Draws,
+        paths: AcceptedPaths,  # written, rows in batch order
+        slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
+        cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
+        target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, processed
+        positions: torch.Tensor,  # [num_reqs] int64, of every row's root
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Emitted tokens and their count, as ``walk_target`` returns them.
 
-    Greedy is a target that leaves one token possible (the others at ``-inf``).
-    """
-    num_reqs = slots.shape[0]
-    sampled = torch.empty(
-        num_reqs, paths.nodes.shape[1], dtype=torch.int64, device=slots.device
-    )
-    num_sampled = torch.empty_like(slots, dtype=torch.int32)
-    kernel(
-        slots,
-        cu_num_logits,
-        target_logits,
-        draws.draft_logits,
-        draws.sources,
-        draws.drawn,
-        draws.temperatures,
-        trees.token_ids,
-        trees.parents,
-        trees.num_nodes,
-        draws.seeds,
-        positions,
-        sampled,
-        num_sampled,
-        paths.nodes,
-        paths.lengths,
-    )
-    return sampled, num_sampled
+        Greedy is a target that leaves one token possible (the others at ``-inf``).
+        """
+        num_reqs = slots.shape[0]
+        sampled = torch.empty(
+            num_reqs, paths.nodes.shape[1], dtype=torch.int64, device=slots.device
+        )
+        num_sampled = torch.empty_like(slots, dtype=torch.int32)
+        getattr(kernels, self.kernel)(
+            slots,
+            cu_num_logits,
+            target_logits,
+            draws.draft_logits,
+            draws.sources,
+            draws.drawn,
+            draws.temperatures,
+            trees.token_ids,
+            trees.parents,
+            trees.num_nodes,
+            draws.seeds,
+            positions,
+            sampled,
+            num_sampled,
+            paths.nodes,
+            paths.lengths,
+        )
+        return sampled, num_sampled

@@ -8,32 +8,6 @@ next sibling came from the same q as this one, and may carry the same token.
 
 from __future__ import annotations
 
-import torch
+from vllm_treespec.core.verify.draws import DrawnRule
 
-from vllm_treespec.core.kernel_set import KernelSet
-from vllm_treespec.core.tree import TreeBuffers
-from vllm_treespec.core.verify.draws import Draws, walk_drawn
-from vllm_treespec.core.verify.target_walk import AcceptedPaths
-
-
-def walk_iid(
-    kernels: KernelSet,
-    trees: TreeBuffers,
-    draws: Draws,
-    paths: AcceptedPaths,  # written, rows in batch order
-    slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
-    target_logits: torch.Tensor,  # [num_logits, vocab_size] float32, processed
-    positions: torch.Tensor,  # [num_reqs] int64, of every row's root
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Emitted tokens and their count, as ``walk_target`` returns them."""
-    return walk_drawn(
-        kernels.walk_iid,
-        trees,
-        draws,
-        paths,
-        slots,
-        cu_num_logits,
-        target_logits,
-        positions,
-    )
+walk_iid = DrawnRule("walk_iid")
