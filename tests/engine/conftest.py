@@ -54,6 +54,9 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         attn_logit_softcapping=5.0,
         final_logit_softcapping=10.0,
     ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SHAPE, residual_multiplier=0.5, logits_scaling=0.5
+    ),
     "mixtral": lambda: transformers.MixtralConfig(
         **SHAPE, num_local_experts=4, num_experts_per_tok=2
     ),

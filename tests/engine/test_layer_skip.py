@@ -102,7 +102,7 @@ def check(start, acceptance):
 @pytest.mark.parametrize(
     ("skipped", "architecture", "async_scheduling"),
     [
-        ("prefix", "llama", False),
+        ("prefix", "granite", False),
         ("not a prefix", "qwen3", True),
         ("attention only", "gemma2", False),
         ("mlp only", "mixtral", True),

@@ -63,9 +63,10 @@ class SkippedLayer(torch.nn.Module):
     """In place of a whole layer: hands on what it was given."""
 
     def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: Any, **_: Any
-    ) -> tuple[torch.Tensor, Any]:
-        return hidden, residual
+        self, positions: torch.Tensor, hidden: torch.Tensor, *residual: Any, **_: Any
+    ) -> Any:
+        # Granite's layers keep no residual beside the hidden states.
+        return (hidden, *residual) if residual else hidden
 
 
 def default_skip_set(num_layers: int) -> SkipSet:
