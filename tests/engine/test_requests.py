@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import transformers
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-TARGET = str(Path(__file__).parents[2] / "models/python-stdlib/target")
+MODELS = Path(__file__).parents[2] / "models/python-stdlib"
+TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
 CODE = [
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
     "import os\nimport sys\n\n\ndef main(argv):\n",
     "def test_add(self):\n    self.assertEqual(1 + 2, 3)\n\ndef test_sub(self):\n",
 ]
+NUMBERS = {"type": "array", "items": {"type": "integer"}}
 SUFFIX = {"type": "suffix"}
 NGRAM = {"type": "ngram"}
 
@@ -121,7 +124,7 @@ def test_structured_output_obeys(choice, async_scheduling, start, acceptance):
 
     structured = StructuredOutputsParams(
         **(
-            {"json": {"type": "array", "items": {"type": "integer"}, "maxItems": 6}}
+            {"json": {**NUMBERS, "minItems": 5, "maxItems": 6}}
             if choice == "json"
             else {"regex": r"(ab|cd){3,9};"}
         )
@@ -132,11 +135,29 @@ def test_structured_output_obeys(choice, async_scheduling, start, acceptance):
     prompts = ["x = [1, 2, 3, 1, 2, 3, ", "abcdababcdab"]
     options = {"skip_tokenizer_init": False, "async_scheduling": async_scheduling}
     plain = start(TARGET, **options).llm.generate(prompts, params, use_tqdm=False)
-    engine = start(TARGET, tree=tree(SUFFIX, NGRAM), **options)
+    draft = {"type": "draft_model", "model": DRAFT, "depth": 4, "width": 4}
+    proposers = tree(SUFFIX, NGRAM, draft)
+    engine = start(TARGET, tree=proposers, num_speculative_tokens=12, **options)
     trees = engine.llm.generate(prompts, params, use_tqdm=False)
     assert [o.outputs[0].text for o in trees] == [o.outputs[0].text for o in plain]
-    assert acceptance.off_first_branch == 0
-    assert engine.runner.speculator.fallbacks == {"structured_outputs": 2}
+    assert sum(acceptance.lengths) > 4
+    assert not engine.runner.speculator.fallbacks
+    sampled = SamplingParams(
+        temperature=1.0, n=4, max_tokens=40, structured_outputs=structured
+    )
+    for output in engine.llm.generate(prompts, sampled, use_tqdm=False):
+        for each in output.outputs:
+            assert_obeys(choice, each.text, each.finish_reason == "stop")
+
+
+def assert_obeys(choice, text, is_whole):
+    """A text that was cut short is the beginning of one that obeys."""
+    if choice == "json" and is_whole:
+        assert all(isinstance(each, int) for each in json.loads(text))
+    elif choice == "json":
+        assert re.fullmatch(r"[\s\[\]\d,.eE+-]*", text)
+    else:
+        assert re.fullmatch(r"(ab|cd){3,9};" if is_whole else r"(ab|cd)*[ac]?", text)
 
 
 class ForbidTheTokenBefore(LogitsProcessor):
@@ -171,6 +192,7 @@ def test_custom_logits_processors_get_a_chain(model_path, prompts, start, accept
     assert acceptance.off_first_branch == 0
     assert max(acceptance.lengths) > 1
     assert engine.runner.speculator.fallbacks == {"logits_processors": 3}
+    assert engine.metric("vllm:treespec_fallbacks") == 3
 
 
 def test_bad_words_of_a_text_get_trees(start, acceptance):

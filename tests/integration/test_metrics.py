@@ -115,7 +115,8 @@ def test_the_reasons_of_fallbacks_are_those_of_the_table(options, custom):
         params = SamplingParams()
         for name, value in options.items():
             setattr(params, name, value)
-    assert chain_reason(params, custom) in metrics.FALLBACK_REASONS
+    reason = chain_reason(params, has_custom_processors=custom, has_reasoning=True)
+    assert reason in metrics.FALLBACK_REASONS
 
 
 @pytest.fixture

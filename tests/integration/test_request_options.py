@@ -77,9 +77,14 @@ def test_options_that_no_request_can_have_are_still_refused():
     ],
 )
 def test_who_gets_a_chain(options, reason):
-    params = SamplingParams(**options)
-    assert fallback.chain_reason(params, False) == reason
-    assert fallback.chain_reason(params, True) == (reason or "logits_processors")
+    def asked(**server):
+        return fallback.chain_reason(SamplingParams(**options), **server)
+
+    assert asked(has_custom_processors=False, has_reasoning=True) == reason
+    custom = asked(has_custom_processors=True, has_reasoning=True)
+    assert custom == (reason or "logits_processors")
+    without = asked(has_custom_processors=False, has_reasoning=False)
+    assert without == (None if reason == "structured_outputs" else reason)
 
 
 def test_fallbacks_are_counted_and_said_once(monkeypatch):

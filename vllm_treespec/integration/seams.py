@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_treespec.integration import carrier, metrics
+from vllm_treespec.integration import carrier, grammar, metrics
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
 from vllm_treespec.integration.request_options import wrap_validate_spec_decode
 
@@ -110,6 +110,7 @@ class FieldPatch:
 ORIGINAL = "__treespec_original__"
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_GRAMMARS = "vllm.v1.structured_output:StructuredOutputManager"
 _LOGGERS = "vllm.v1.metrics.loggers"
 PATCHES = (
     Patch(
@@ -154,6 +155,35 @@ PATCHES = (
         parameters=("self", "spec_decoding_stats"),
         wrap=carrier.wrap_make_stats,
         why="what a worker counts has no way to the metrics",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.update_draft_token_ids",
+        parameters=("self", "draft_token_ids"),
+        wrap=grammar.wrap_update_draft_token_ids,
+        why="drafts have no parents",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.update_draft_token_ids_in_output",
+        parameters=("self", "draft_token_ids", "scheduler_output"),
+        wrap=grammar.wrap_update_draft_token_ids,
+        why="drafts have no parents",
+    ),
+    Patch(
+        target=f"{_GRAMMARS}.validate_tokens",
+        parameters=("self", "request", "spec_tokens"),
+        wrap=grammar.wrap_validate_tokens,
+        why="drafts are cut to a valid chain",
+    ),
+    Patch(
+        target=f"{_GRAMMARS}.grammar_bitmask",
+        parameters=(
+            "self",
+            "requests",
+            "structured_output_request_ids",
+            "scheduled_spec_decode_tokens",
+        ),
+        wrap=grammar.wrap_grammar_bitmask,
+        why="masks follow a chain of drafts",
     ),
     FieldPatch(
         target="vllm.v1.metrics.stats:SchedulerStats.spec_decoding_stats",

@@ -202,7 +202,12 @@ class TreeSpeculator(DraftModelSpeculator):
         self._slots[req_id] = slot
         self.trees.reset(slot)
         self._feedback.forget(slot)
-        reason = chain_reason(sampling_params, self.has_custom_processors)
+        structured = self.vllm_config.structured_outputs_config
+        reason = chain_reason(
+            sampling_params,
+            has_custom_processors=self.has_custom_processors,
+            has_reasoning=bool(structured.reasoning_parser),
+        )
         self._chain_only[slot] = reason is not None
         if reason is not None:
             count_fallback(self.fallbacks, reason)
@@ -401,6 +406,25 @@ class TreeSpeculator(DraftModelSpeculator):
         """Draft tokens of the request that are worth scheduling."""
         slot = self._slots.get(req_id)
         return 0 if slot is None else int(self._num_drafts[slot])
+
+    def parents(self, req_ids: Sequence[str]) -> dict[str, list[int]]:
+        """Of the requests that have trees, every draft token's parent in node order,
+        -1: the root. Waits for the device."""
+        slots = {name: self._slots[name] for name in req_ids if name in self._slots}
+        index = torch.tensor(list(slots.values()), dtype=torch.int64)
+        index = index.to(self.device)
+        trees = zip(
+            slots,
+            self.trees.parents[index].tolist(),
+            self.trees.num_nodes[index].tolist(),
+            self._chain_only[index].tolist(),
+            strict=True,
+        )
+        return {
+            name: [parent - 1 for parent in parents[1:count]]
+            for name, parents, count, is_chain in trees
+            if not is_chain
+        }
 
     def _show_memory_to_profiler(self, num_tokens: int) -> None:
         """Claim what verification and drafting will, so that the KV cache leaves room."""

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_treespec.integration.attention import tree_backend
+from vllm_treespec.integration.grammar import DraftTrees
 from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.reports import ReportedOutput
 from vllm_treespec.integration.seams import check_hooks
@@ -38,20 +39,22 @@ class TreeWorker(PlatformWorker):
         return output if pending is None else ReportedOutput(output, pending)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """Drafts for the synchronous scheduler, without the padding behind them."""
+        """Drafts for the scheduler, without the padding behind them, and for grammars
+        the trees that they form."""
         drafts = super().take_draft_token_ids()
         if drafts is None:
             return None
-        num_drafts = self.model_runner.speculator.num_drafts
-        return DraftTokenIds(
-            drafts.req_ids,
-            [
-                token_ids[: num_drafts(req_id)]
-                for req_id, token_ids in zip(
-                    drafts.req_ids, drafts.draft_token_ids, strict=True
-                )
-            ],
-        )
+        speculator = self.model_runner.speculator
+        token_ids = [
+            token_ids[: speculator.num_drafts(req_id)]
+            for req_id, token_ids in zip(
+                drafts.req_ids, drafts.draft_token_ids, strict=True
+            )
+        ]
+        if self.model_runner.draft_tokens_handler.draft_tokens_np is None:
+            return DraftTokenIds(drafts.req_ids, token_ids)  # no grammar asks for them
+        parents = speculator.parents(drafts.req_ids)
+        return DraftTrees(drafts.req_ids, token_ids, parents)
 
     def treespec_trees(self) -> dict[str, dict[str, Any]]:
         """For ``collective_rpc``: the tree awaiting verification of every request."""

@@ -1,0 +1,120 @@
+"""Structured output on trees: every node gets the mask of its own path.
+
+vLLM walks a grammar along a chain of drafts. Here it is walked along a tree, depth
+first, forward into a node and back out of it. A node that the grammar forbids is never
+reached: at its parent the target cannot pick its token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.outputs import DraftTokenIds
+
+Parents = list[int]  # per draft token, that of its parent, -1: the root
+
+
+@dataclass
+class DraftTrees(DraftTokenIds):
+    """Drafts in node order, roots left out."""
+
+    parents: dict[str, Parents] = field(default_factory=dict)  # request -> its tree
+
+
+def wrap_update_draft_token_ids(original: Callable[..., None]) -> Callable[..., None]:
+    """Remember the trees that drafts form; for either of the scheduler's updates."""
+
+    @functools.wraps(original)
+    def update(self: Any, draft_token_ids: Any, *args: Any) -> None:
+        if isinstance(draft_token_ids, DraftTrees):
+            manager = self.structured_output_manager
+            known = vars(manager).get("treespec_parents", {}) | draft_token_ids.parents
+            # A request that is left out of some steps keeps its drafts, and its tree.
+            manager.treespec_parents = {
+                name: parents
+                for name, parents in known.items()
+                if name in self.requests
+            }
+        original(self, draft_token_ids, *args)
+
+    return update
+
+
+def wrap_validate_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a tree whole: its longest valid prefix says nothing about its paths."""
+
+    @functools.wraps(original)
+    def validate_tokens(self: Any, request: Any, spec_tokens: list[int]) -> Any:
+        parents = vars(self).get("treespec_parents", {}).get(request.request_id)
+        if parents is None:
+            return original(self, request, spec_tokens)
+        return spec_tokens[: len(parents)]
+
+    return validate_tokens
+
+
+def wrap_grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Fill the rows of trees by their nodes."""
+
+    @functools.wraps(original)
+    def grammar_bitmask(
+        self: Any,
+        requests: Any,
+        structured_output_request_ids: list[str],
+        scheduled_spec_decode_tokens: dict[str, list[int]],
+    ) -> Any:
+        trees = vars(self).get("treespec_parents", {})
+        scheduled = {
+            req_id: scheduled_spec_decode_tokens.get(req_id, [])
+            for req_id in structured_output_request_ids
+        }
+        # vLLM fills the roots' rows, and allows everything behind padding.
+        padded = {
+            req_id: [-1] * len(tokens) if req_id in trees else tokens
+            for req_id, tokens in scheduled.items()
+        }
+        bitmask = original(self, requests, structured_output_request_ids, padded)
+        row = 0
+        for req_id, tokens in scheduled.items():
+            if req_id in trees:
+                grammar = requests[req_id].structured_output_request.grammar
+                nodes = list(zip(tokens, trees[req_id], strict=False))
+
+                def fill(node: int, grammar: Any = grammar, root: int = row) -> None:
+                    self._fill_bitmasks(((grammar, root + 1 + node, True),))
+
+                walk(grammar, req_id, nodes, fill)
+            row += len(tokens) + 1
+        return bitmask  # a view of what was filled
+
+    return grammar_bitmask
+
+
+def walk(
+    grammar: Any,  # vLLM's StructuredOutputGrammar, at the root
+    req_id: str,
+    nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
+    fill: Callable[[int], None],  # is called for a node while the grammar is there
+) -> None:
+    """Visit every node that the grammar allows; it is back at the root afterwards."""
+    children: list[list[int]] = [[] for _ in range(len(nodes) + 1)]
+    for node, (token, parent) in enumerate(nodes):
+        if token >= 0:  # a tree may be cut short, and is padded then
+            children[parent + 1].append(node)
+    stack = [iter(children[0])]
+    while stack:
+        node = next(stack[-1], -1)
+        if node < 0:
+            stack.pop()
+            if stack:
+                grammar.rollback(1)
+            continue
+        said = [nodes[node][0]]
+        if grammar.is_terminated() or not grammar.validate_tokens(said):
+            continue
+        grammar.accept_tokens(req_id, said)
+        fill(node)
+        stack.append(iter(children[node + 1]))
