@@ -27,16 +27,20 @@ class Sentences:
         assert self.validate_tokens(tokens) == tokens
         self.said += tokens
 
+    def fill_bitmask(self, bitmask, row):
+        assert not self.is_terminated()
+        bitmask[row] = [*self.said]
+
     def rollback(self, count):
         assert 0 < count <= len(self.said)
         del self.said[-count:]
 
 
 def visited(grammar, nodes):
-    seen = {}
-    walk(grammar, "a", nodes, lambda node: seen.__setitem__(node, [*grammar.said]))
+    rows = {}
+    walk(grammar, "a", nodes, rows)
     assert grammar.said == []
-    return seen
+    return rows
 
 
 def test_a_node_is_filled_behind_its_own_path():
@@ -54,7 +58,7 @@ def test_a_node_is_filled_behind_its_own_path():
 
 def test_nothing_follows_the_end():
     grammar = Sentences((1, 2))
-    assert visited(grammar, [(1, -1), (2, 0), (2, 1)]) == {0: [1], 1: [1, 2]}
+    assert visited(grammar, [(1, -1), (2, 0), (2, 1)]) == {0: [1]}
 
 
 def test_padding_is_no_node():
@@ -77,7 +81,7 @@ def test_any_tree_visits_what_walking_each_path_alone_allows(seed):
         while place >= 0:
             path.insert(0, nodes[place][0])
             place = nodes[place][1]
-        ends = [tuple(path[:length]) in sentences for length in range(1, len(path))]
-        if grammar._allows(path) and not any(ends):
+        starts = [tuple(path[: length + 1]) for length in range(len(path))]
+        if grammar._allows(path) and not {*starts} & {*sentences}:
             expected[node] = path
     assert visited(grammar, nodes) == expected

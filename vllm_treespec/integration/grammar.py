@@ -66,28 +66,28 @@ def wrap_grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
         structured_output_request_ids: list[str],
         scheduled_spec_decode_tokens: dict[str, list[int]],
     ) -> Any:
+        ids = structured_output_request_ids
         trees = vars(self).get("treespec_parents", {})
-        scheduled = {
-            req_id: scheduled_spec_decode_tokens.get(req_id, [])
-            for req_id in structured_output_request_ids
-        }
+        if not trees.keys() & {*ids}:
+            return original(self, requests, ids, scheduled_spec_decode_tokens)
+        scheduled = {name: scheduled_spec_decode_tokens.get(name, []) for name in ids}
         # vLLM fills the roots' rows, and allows everything behind padding.
         padded = {
             req_id: [-1] * len(tokens) if req_id in trees else tokens
             for req_id, tokens in scheduled.items()
         }
-        bitmask = original(self, requests, structured_output_request_ids, padded)
+        bitmask = original(self, requests, ids, padded)
+        # vLLM 0.33 has as many rows for each request, 0.32 as many as it has tokens:
+        # where all have as many as there can be, that is the same.
+        most = self.vllm_config.num_speculative_tokens + 1
+        is_even = len(bitmask) == most * len(scheduled)
         row = 0
         for req_id, tokens in scheduled.items():
             if req_id in trees:
                 grammar = requests[req_id].structured_output_request.grammar
                 nodes = list(zip(tokens, trees[req_id], strict=False))
-
-                def fill(node: int, grammar: Any = grammar, root: int = row) -> None:
-                    self._fill_bitmasks(((grammar, root + 1 + node, True),))
-
-                walk(grammar, req_id, nodes, fill)
-            row += len(tokens) + 1
+                walk(grammar, req_id, nodes, self._grammar_bitmask[row + 1 :])
+            row += most if is_even else len(tokens) + 1
         return bitmask  # a view of what was filled
 
     return grammar_bitmask
@@ -97,9 +97,13 @@ def walk(
     grammar: Any,  # vLLM's StructuredOutputGrammar, at the root
     req_id: str,
     nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
-    fill: Callable[[int], None],  # is called for a node while the grammar is there
+    bitmask: Any,  # [>= nodes, words] int32, a row per node that allows every token
 ) -> None:
-    """Visit every node that the grammar allows; it is back at the root afterwards."""
+    """Fill the row of every node that the grammar allows, with what it allows behind it.
+
+    What follows the end of a text is not for the grammar to say. It is back at the root
+    afterwards.
+    """
     children: list[list[int]] = [[] for _ in range(len(nodes) + 1)]
     for node, (token, parent) in enumerate(nodes):
         if token >= 0:  # a tree may be cut short, and is padded then
@@ -116,5 +120,6 @@ def walk(
         if grammar.is_terminated() or not grammar.validate_tokens(said):
             continue
         grammar.accept_tokens(req_id, said)
-        fill(node)
+        if not grammar.is_terminated():
+            grammar.fill_bitmask(bitmask, node)
         stack.append(iter(children[node + 1]))
