@@ -126,7 +126,9 @@ def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
         problems.append("no layer is left")
     if skip.num_layers not in (None, num_layers):
         problems.append(f"num_layers={skip.num_layers}: the model has {num_layers}")
-    elif skip.fingerprint not in (None, own := fingerprint(target)):
+    elif skip.fingerprint is not None and skip.fingerprint != (
+        own := fingerprint(target)
+    ):
         problems.append(
             f"fingerprint={skip.fingerprint!r}: tuned for another model "
             f"({skip.model!r}), this one's is {own!r}; run 'vllm-treespec tune "

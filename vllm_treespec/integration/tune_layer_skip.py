@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,7 @@ def tune_layer_skip(options: TuneOptions) -> Tuned:
         return Tuned(
             best=engine.outcome(best),
             compared={
-                name: engine.outcome(skip)
+                name: engine.outcome(engine.own(skip))
                 for name, skip in untuned_sets(engine.num_layers).items()
             },
             num_trials=len(study.get_trials(states=[_complete(optuna)])),
@@ -136,8 +136,10 @@ def untuned_sets(num_layers: int) -> dict[str, SkipSet]:
 
 
 def _try(trial: optuna.Trial, engine: _Engine) -> float:
-    names = [f"{part}.{n}" for part in PARTS for n in range(engine.num_layers)]
-    chosen = {name: trial.suggest_categorical(name, [False, True]) for name in names}
+    chosen = {
+        name: trial.suggest_categorical(name, [False, True])
+        for name in _choices(SkipSet(), engine.num_layers)
+    }
     skip = engine.skip_set(chosen)
     if set(skip.attention) & set(skip.mlp) == set(range(engine.num_layers)):
         return 0.0  # nothing is left to draft with
@@ -145,6 +147,15 @@ def _try(trial: optuna.Trial, engine: _Engine) -> float:
 
 
 PARTS = ("attention", "mlp")
+
+
+def _choices(skip: SkipSet, num_layers: int) -> dict[str, bool]:
+    """A set as the study has it: ``{"attention.0": True, ...}``."""
+    return {
+        f"{part}.{n}": n in getattr(skip, part)
+        for part in PARTS
+        for n in range(num_layers)
+    }
 
 
 def _open_study(optuna: Any, options: TuneOptions, engine: _Engine) -> Any:
@@ -173,13 +184,7 @@ def _open_study(optuna: Any, options: TuneOptions, engine: _Engine) -> Any:
         # Trials are compared by the same times, also when the study goes on elsewhere.
         study.set_user_attr("costs", asdict(engine.measure_costs()))
         for skip in untuned_sets(engine.num_layers).values():
-            study.enqueue_trial(
-                {
-                    f"{part}.{n}": n in getattr(skip, part)
-                    for part in PARTS
-                    for n in range(engine.num_layers)
-                }
-            )
+            study.enqueue_trial(_choices(skip, engine.num_layers))
     elif (found := study.user_attrs["run"]) != mine:
         different = [name for name in mine if found.get(name) != mine[name]]
         raise ConfigError(
@@ -233,7 +238,7 @@ class _Engine:
         self._outcomes: dict[SkipSet, Outcome] = {}
 
     def skip_set(self, chosen: dict[str, bool]) -> SkipSet:
-        """``{"attention.0": True, ...}`` as a set of this model."""
+        """A study's choices as a set of this model."""
         skipped = {
             part: tuple(
                 layer
@@ -242,8 +247,12 @@ class _Engine:
             )
             for part in PARTS
         }
-        return SkipSet(
-            **skipped,
+        return self.own(SkipSet(**skipped))
+
+    def own(self, skip: SkipSet) -> SkipSet:
+        """The set, said to be this model's."""
+        return replace(
+            skip,
             model=self._options.model,
             num_layers=self.num_layers,
             fingerprint=self.fingerprint,
