@@ -239,15 +239,11 @@ class _Engine:
 
     def skip_set(self, chosen: dict[str, bool]) -> SkipSet:
         """A study's choices as a set of this model."""
-        skipped = {
-            part: tuple(
-                layer
-                for layer in range(self.num_layers)
-                if chosen.get(f"{part}.{layer}")
-            )
+        attention, mlp = (
+            tuple(n for n in range(self.num_layers) if chosen.get(f"{part}.{n}"))
             for part in PARTS
-        }
-        return self.own(SkipSet(**skipped))
+        )
+        return self.own(SkipSet(attention=attention, mlp=mlp))
 
     def own(self, skip: SkipSet) -> SkipSet:
         """The set, said to be this model's."""
