@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from vllm_treespec.kernels import residuals
+from vllm_treespec.kernels.reference.walk_iid import walk_iid as reference_iid
+from vllm_treespec.kernels.reference.walk_traversal import (
+    walk_traversal as reference_traversal,
+)
+from vllm_treespec.kernels.reference.walk_without_replacement import (
+    walk_without_replacement as reference_without_replacement,
+)
 from vllm_treespec.kernels.walk_iid import walk_iid
 from vllm_treespec.kernels.walk_traversal import walk_traversal
 from vllm_treespec.kernels.walk_without_replacement import walk_without_replacement
@@ -17,8 +23,14 @@ from vllm_treespec.testing.trees import chain_parents, random_parents
 STALE = -7
 INF = float("inf")
 Rule = Callable[..., None]
-RULES = (walk_without_replacement, walk_iid, walk_traversal)
-every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+TWINS = {
+    walk_without_replacement: reference_without_replacement,
+    walk_iid: reference_iid,
+    walk_traversal: reference_traversal,
+}
+every_rule = pytest.mark.parametrize(
+    "rule", TWINS, ids=["without_replacement", "iid", "traversal"]
+)
 
 
 @dataclass
@@ -62,10 +74,9 @@ def run(rule: Rule, batch: Batch, num_rows: int | None = None) -> Walk:
 
 def check(rule: Rule, batch: Batch) -> Walk:
     """What the kernel and its reference agree on; rows past the batch stay stale."""
-    module = import_module(f"vllm_treespec.kernels.reference.{rule.__name__}")
     num_rows = len(batch.slots) + 2
     walk = run(rule, batch, num_rows)
-    expected = run(getattr(module, rule.__name__), batch, num_rows)
+    expected = run(TWINS[rule], batch, num_rows)
     torch.testing.assert_close(tuple(walk), tuple(expected), rtol=0, atol=0)
     assert (walk.num_sampled[-2:] == STALE).all()
     return walk
