@@ -83,7 +83,11 @@ def start(directory: Path) -> LLM:
         speculative_config={
             "method": "treespec",
             "num_speculative_tokens": 32,
-            "tree": {"proposers": [proposer], "adaptive": False},
+            "tree": {
+                "proposers": [proposer],
+                "adaptive": False,
+                "max_rows": 2**20,
+            },
         },
         **options,
     )

@@ -325,7 +325,7 @@ def engine_rows(size: Size) -> list[EngineRow]:
     model = str(MODELS / "draft")
     shape = {"depth": 4, "width": 8, "top_k": 8}
     proposer = {"type": "draft_model", "model": model, **shape}
-    tree = {"adaptive": False, "proposers": [proposer]}
+    tree = {"adaptive": False, "max_rows": 2**16, "proposers": [proposer]}
     settings = {
         "draft_model": ({"model": model}, 4, FixedShape(chain(4), CPU)),
         "treespec": (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
 
 METHOD = "treespec"
 MAX_NODES = 1024
@@ -207,6 +209,30 @@ PROPOSERS: dict[str, type[ProposerConfig]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOptions:
+    """What a request may ask for, and what those that do not ask get."""
+
+    max_nodes: int | None = None
+    """Draft nodes verified per step, root excluded; 0: no speculation; None:
+    ``num_speculative_tokens``."""
+
+    proposers: tuple[str, ...] | None = None
+    """Names of those that may draft; None: all of them."""
+
+    def problems(
+        self, prefix: str, max_nodes: int, proposers: Sequence[str]
+    ) -> Iterator[str]:
+        """What is wrong with them on a server of this size and these proposers."""
+        if self.max_nodes is not None:
+            yield from _out_of_range(f"{prefix}max_nodes", self.max_nodes, 0, max_nodes)
+        for name in self.proposers or ():
+            if name not in proposers:
+                yield f"{prefix}proposers: {name!r} is none of {list(proposers)}" + (
+                    _hint(str(name), proposers)
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TreeSpecConfig:
     """What ``--speculative-config '{"method": "treespec", ...}'`` says."""
 
@@ -233,6 +259,18 @@ class TreeSpecConfig:
 
     adaptive: bool = True
     """Draft less often with a proposer that does not pay for its time."""
+
+    max_rows: int | None = None
+    """Rows of one forward pass, roots included, that all requests' trees share: the
+    more requests, the smaller the trees. None: 256 or one whole tree, whichever is
+    more."""
+
+    draft_timeout_ms: int = 1000
+    """A proposer on the host that takes longer for one step's drafts is not asked
+    again."""
+
+    request_defaults: RequestOptions = RequestOptions()
+    """What requests get that do not ask for something else themselves."""
 
     kernels: str = "auto"
     """``triton``, ``torch`` (their slow twins), or ``auto``: Triton on a GPU."""
@@ -284,8 +322,25 @@ class TreeSpecConfig:
             yield f"tree.draft_logits_gib={gib!r}: must be a number >= 0"
         if not isinstance(self.adaptive, bool):
             yield f"tree.adaptive={self.adaptive!r}: must be true or false"
+        if self.max_rows is not None:
+            yield from _out_of_range(
+                "tree.max_rows", self.max_rows, self.num_speculative_tokens + 1, 2**20
+            )
+        yield from _out_of_range(
+            "tree.draft_timeout_ms", self.draft_timeout_ms, 1, 3_600_000
+        )
+        yield from self.request_defaults.problems(
+            "tree.request_defaults.", self.num_speculative_tokens, self.proposer_names
+        )
         if self.kernels not in KERNELS:
             yield f"tree.kernels={self.kernels!r}: must be one of {list(KERNELS)}"
+
+    @property
+    def num_shared_rows(self) -> int:
+        """``max_rows``, with its default."""
+        if self.max_rows is not None:
+            return self.max_rows
+        return max(DEFAULT_ROWS, self.num_speculative_tokens + 1)
 
     @property
     def device_proposers(self) -> tuple[DraftModelConfig | LayerSkipConfig, ...]:
@@ -350,8 +405,11 @@ class TreeSpecConfig:
         )
         tree = raw.get("tree", {})
         _require("tree", tree, Mapping, "an object")
-        settings = ("kernels", "adaptive", "verify", "draw", "draft_logits_gib")
-        _refuse_unknown("tree", tree, ("proposers", *settings))
+        settings = (
+            *("kernels", "adaptive", "verify", "draw", "draft_logits_gib"),
+            *("max_rows", "draft_timeout_ms"),
+        )
+        _refuse_unknown("tree", tree, ("proposers", "request_defaults", *settings))
         options: dict[str, Any] = {
             key: raw[key] for key in ("num_speculative_tokens",) if key in raw
         }
@@ -362,7 +420,43 @@ class TreeSpecConfig:
                 _parse_proposer(f"tree.proposers[{position}]", proposer)
                 for position, proposer in enumerate(tree["proposers"])
             )
+        if "request_defaults" in tree:
+            where = "tree.request_defaults"
+            _require(where, tree["request_defaults"], Mapping, "an object")
+            options["request_defaults"] = _parse_request(
+                where, tree["request_defaults"]
+            )
         return cls(**options)
+
+    def for_request(self, extra_args: Mapping[str, Any] | None) -> RequestOptions:
+        """What a request gets, with nothing left open.
+
+        Args:
+            extra_args: the request's, ours begin with ``treespec_``.
+
+        Raises:
+            ConfigError: naming every value, bound and fix.
+        """
+        asked = {
+            key: value
+            for key, value in (extra_args or {}).items()
+            if key.startswith(REQUEST_PREFIX)
+        }
+        options = _parse_request("extra_args", asked, REQUEST_PREFIX)
+        problems = options.problems(
+            REQUEST_PREFIX, self.num_speculative_tokens, self.proposer_names
+        )
+        if found := list(problems):
+            raise ConfigError("; ".join(found))
+        defaults = self.request_defaults
+        return RequestOptions(
+            max_nodes=_first_given(
+                options.max_nodes, defaults.max_nodes, self.num_speculative_tokens
+            ),
+            proposers=_first_given(
+                options.proposers, defaults.proposers, tuple(self.proposer_names)
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON that ``parse`` reads back; every option is spelled out."""
@@ -379,11 +473,38 @@ class TreeSpecConfig:
                 "verify": self.verify,
                 "draw": self.draw,
                 "draft_logits_gib": self.draft_logits_gib,
+                "max_rows": self.max_rows,
+                "draft_timeout_ms": self.draft_timeout_ms,
+                "request_defaults": {
+                    name: value
+                    for name, value in asdict(self.request_defaults).items()
+                    if value is not None
+                },
             },
         }
 
 
 KERNELS = ("auto", "triton", "torch")
+# Where a forward pass in half precision begins to be limited by arithmetic instead of
+# by reading weights: peak FLOP/s over bytes/s is 153 on an A100, 206 on an H200 and 295
+# on an H100 (NVIDIA's data sheets, dense).
+DEFAULT_ROWS = 256
+REQUEST_PREFIX = "treespec_"  # of our names among a request's ``extra_args``
+
+
+def _parse_request(
+    where: str, raw: Mapping[str, Any], prefix: str = ""
+) -> RequestOptions:
+    known = {f"{prefix}{each.name}": each.name for each in fields(RequestOptions)}
+    _refuse_unknown(where, raw, tuple(known))
+    options = {known[key]: value for key, value in raw.items()}
+    if "proposers" in options:
+        names = options["proposers"]
+        if isinstance(names, str):
+            names = [names]
+        _require(f"{where}: {prefix}proposers", names, list | tuple, "a list of names")
+        options["proposers"] = tuple(names)
+    return RequestOptions(**options)
 
 
 def _parse_proposer(where: str, raw: Any) -> ProposerConfig:
@@ -453,6 +574,10 @@ def _refuse_unknown(where: str, raw: Mapping[str, Any], known: tuple[str, ...]) 
 def _hint(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _first_given(*values: T | None) -> T:
+    return next(value for value in values if value is not None)
 
 
 def _require(where: str, value: Any, kind: Any, wanted: str) -> None:

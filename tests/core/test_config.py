@@ -199,3 +199,74 @@ def test_a_skip_set_that_is_none_is_refused(skip, message):
     with pytest.raises(ConfigError) as error:
         TreeSpecConfig.parse(raw)
     assert message in str(error.value)
+
+
+def both(**tree) -> TreeSpecConfig:
+    proposers = [{"type": "suffix"}, {"type": "ngram"}]
+    return TreeSpecConfig.parse({"tree": {"proposers": proposers, **tree}})
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "max_nodes", "proposers"),
+    [
+        (None, 8, ("ngram",)),
+        ({"somebody": "else's"}, 8, ("ngram",)),
+        ({"treespec_max_nodes": 32}, 32, ("ngram",)),
+        ({"treespec_max_nodes": 0}, 0, ("ngram",)),
+        ({"treespec_proposers": "suffix"}, 8, ("suffix",)),
+        ({"treespec_proposers": ["ngram", "suffix"]}, 8, ("ngram", "suffix")),
+        ({"treespec_proposers": []}, 8, ()),
+    ],
+)
+def test_requests_get_what_they_ask_for_else_the_defaults(
+    extra_args, max_nodes, proposers
+):
+    config = both(request_defaults={"max_nodes": 8, "proposers": ["ngram"]})
+    assert TreeSpecConfig.parse(config.to_dict()) == config
+    options = config.for_request(extra_args)
+    assert (options.max_nodes, options.proposers) == (max_nodes, proposers)
+
+
+def test_without_defaults_requests_get_everything():
+    options = both().for_request({})
+    assert (options.max_nodes, options.proposers) == (32, ("suffix", "ngram"))
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"treespec_max_nodes": 33}, "treespec_max_nodes=33: must be in [0, 32]"),
+        ({"treespec_max_nodes": -1}, "treespec_max_nodes=-1: must be in [0, 32]"),
+        ({"treespec_max_nodes": "8"}, "treespec_max_nodes='8': must be an integer"),
+        ({"treespec_max_nodes": True}, "treespec_max_nodes=True: must be an integer"),
+        (
+            {"treespec_proposers": ["sufix"]},
+            "'sufix' is none of ['suffix', 'ngram'], did you mean 'suffix'?",
+        ),
+        ({"treespec_proposers": 3}, "treespec_proposers=3: must be a list of names"),
+        (
+            {"treespec_max_node": 3},
+            "unknown option 'treespec_max_node' in extra_args, did you mean "
+            "'treespec_max_nodes'?",
+        ),
+    ],
+)
+def test_what_a_request_cannot_have_is_refused(extra_args, message):
+    with pytest.raises(ConfigError) as error:
+        both().for_request(extra_args)
+    assert message in str(error.value)
+
+
+def test_defaults_obey_the_same_bounds():
+    with pytest.raises(ConfigError) as error:
+        both(request_defaults={"max_nodes": 64, "proposers": ["draft_model"]})
+    assert "tree.request_defaults.max_nodes=64: must be in [0, 32]" in str(error.value)
+    assert "'draft_model' is none of ['suffix', 'ngram']" in str(error.value)
+
+
+def test_all_requests_share_at_least_the_rows_of_one_whole_tree():
+    assert TreeSpecConfig().num_shared_rows == 256
+    assert TreeSpecConfig(num_speculative_tokens=500).num_shared_rows == 501
+    assert TreeSpecConfig(max_rows=33).num_shared_rows == 33
+    with pytest.raises(ConfigError, match=r"tree.max_rows=32: must be in \[33, "):
+        TreeSpecConfig(max_rows=32)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,8 +54,10 @@ def step(rows=2):
     )
 
 
-def pool(*proposers, max_candidates=4):
-    return ProposerPool(proposers, max_candidates=max_candidates, vocab_size=10)
+def pool(*proposers, max_candidates=4, timeout=10.0):
+    return ProposerPool(
+        proposers, max_candidates=max_candidates, vocab_size=10, timeout=timeout
+    )
 
 
 def test_every_proposer_is_asked():
@@ -160,3 +164,52 @@ def test_learning_happens_elsewhere_and_everything_else_waits_for_it():
     asked.add_request(1)
     assert proposer.calls == ["learn", "add"]
     asked.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_candidates", np.array([2, 1], np.int32)),  # one column
+        ("num_candidates", np.array([-1, 1], np.int32)),
+        ("num_candidates", np.ones(3, np.int32)),
+        ("parents", np.full((2, 2), -1, np.int32)),
+        ("scores", np.zeros((1, 1), np.float32)),
+    ],
+)
+def test_arrays_that_do_not_fit_are_nonsense(field, value):
+    class Misfit(Echo):
+        def propose(self, step):
+            return replace(super().propose(step), **{field: value})
+
+    assert pool(Misfit()).propose(step())[0].num_candidates.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("method", ["propose", "learn", "add_request"])
+def test_who_stalls_is_left_behind(method, caplog, monkeypatch):
+    stalled, goes_on = Echo(), threading.Event()
+    monkeypatch.setattr(stalled, method, lambda _: goes_on.wait(60))
+    asked = pool(stalled, Echo(3), timeout=0.2)
+    start = time.monotonic()
+    asked.add_request(0)
+    asked.propose(step())
+    asked.learn(step())
+    bad, good = asked.propose(step())
+    assert bad.num_candidates.sum() == 0
+    assert good.num_candidates.sum() == 2
+    assert time.monotonic() - start < 10
+    assert asked.is_dismissed == [True, False]
+    assert caplog.text.count("is off until restart") == 1
+    assert "no answer within 0.2 s" in caplog.text
+    goes_on.set()  # its thread ends, and nobody looks at the result
+
+
+def test_slow_proposers_work_side_by_side():
+    both = threading.Barrier(2, timeout=10)
+
+    class Meets(Echo):
+        def propose(self, step):
+            both.wait()
+            return super().propose(step)
+
+    first, second = pool(Meets(), Meets()).propose(step())
+    assert first.num_candidates.sum() == second.num_candidates.sum() == 2

@@ -250,7 +250,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
         speculative = tree and {
             "method": "treespec",
             "num_speculative_tokens": num_speculative_tokens,
-            "tree": tree,
+            # Whole trees, however many requests; other limits have their own tests.
+            "tree": {"max_rows": 2**16, **tree},
         }
         if async_scheduling:
             options["async_scheduling"] = True

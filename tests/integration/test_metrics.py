@@ -48,22 +48,24 @@ def reasons(*codes):
     return np.array(codes, np.int8)
 
 
-def report(reporter, fallbacks=(0, 0, 0, 0), seconds=(0.0, 0.0)):
-    pending = reporter.take(fallbacks=fallbacks, draft_seconds=seconds)
+def report(reporter, fallbacks=(0, 0, 0, 0), seconds=(0.0, 0.0), gauges=()):
+    totals = {"fallbacks": list(fallbacks), "draft_seconds": list(seconds)}
+    pending = reporter.take(totals, dict(gauges))
     assert isinstance(pending, PendingReport)
     return pending.finish()
 
 
-def test_a_report_has_every_series_of_the_table():
-    reporter = Reporter(2)
+def test_a_report_has_a_steps_counts_and_what_was_added_to_the_totals():
+    reporter = Reporter()
     reporter.verified(COUNTS)
     reporter.decoded(batch(True, False, True, num_draft_tokens=12), reasons(0, 0, 0))
     increments = report(
-        reporter, fallbacks=(0, 2, 0, 0), seconds=(0.5, 0.25)
+        reporter, (0, 2, 0, 0), (0.5, 0.25), {"suffix_cached_tokens": [70]}
     ).increments
     assert increments == {
         "fallbacks": [0, 2, 0, 0],
-        "steps_without_drafts": [0, 0, 0],
+        "suffix_cached_tokens": [70],
+        "steps_without_drafts": [0, 0, 0, 0, 0],
         "nodes_verified": [8],
         "padding_rows": [4],
         "acceptance_length": [3, 1],
@@ -74,22 +76,21 @@ def test_a_report_has_every_series_of_the_table():
         "exclusively_accepted_nodes": [1, 0],
         "draft_seconds": [0.5, 0.25],
     }
-    assert increments.keys() == {series.name for series in metrics.SERIES}
 
 
 def test_totals_are_reported_once_and_counts_with_their_own_step():
-    reporter = Reporter(2)
+    reporter = Reporter()
     reporter.verified(COUNTS)
     reporter.decoded(batch(True, True, True, num_draft_tokens=8), reasons(0, 1, 2))
     first = report(reporter, fallbacks=(1, 0, 0, 0), seconds=(1.0, 0.0))
-    assert first.increments["steps_without_drafts"] == [0, 1, 0]
+    assert first.increments["steps_without_drafts"] == [0, 1, 0, 0, 0]
     assert first.verified == [5, 0, 3]
     reporter.decoded(batch(True, False, True, True), reasons(2, 1, 2, 0))
     second = report(reporter, fallbacks=(1, 0, 0, 1), seconds=(1.5, 0.0))
     assert second.verified == [0, 0, 0, 0]
     assert second.increments == {
         "fallbacks": [0, 0, 0, 1],
-        "steps_without_drafts": [1, 0, 2],
+        "steps_without_drafts": [1, 0, 2, 0, 0],
         "draft_seconds": [0.5, 0.0],
     }
     reporter.verified(COUNTS)  # by a dummy run
@@ -97,7 +98,7 @@ def test_totals_are_reported_once_and_counts_with_their_own_step():
     third = report(reporter, fallbacks=(1, 0, 0, 1), seconds=(1.5, 0.0))
     assert third.verified == [0]
     # vLLM may sample no tokens, for instance where there is nothing to do.
-    assert reporter.take(fallbacks=(1, 0, 0, 1), draft_seconds=(1.5, 0.0)) is None
+    assert reporter.take({}, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def shown():
         per_engine_labelvalues={0: ["tiny", "0"], 3: ["tiny", "3"]},
         _counter_cls=bound(prometheus_client.Counter),
         _histogram_cls=bound(prometheus_client.Histogram),
+        _gauge_cls=bound(prometheus_client.Gauge),
     )
     prom = metrics.TreeProm(stat_logger, CONFIG)
 
@@ -164,10 +166,13 @@ def test_increments_add_up_per_engine_and_label(shown):
                     "nodes_verified": [8],
                     "tree_size": [5, 3],
                     "acceptance_length": [],
+                    "suffix_cached_tokens": [70],
                 }
             ),
             3,
         )
+    assert value("suffix_cached_tokens", engine="3") == 70
+    assert value("suffix_cached_tokens", engine="0") == 0
     assert value("fallbacks_total", engine="3", reason="thinking_budget") == 4
     assert value("fallbacks_total", engine="3", reason="structured_outputs") == 0
     assert value("fallbacks_total", engine="0", reason="thinking_budget") == 0
@@ -196,7 +201,11 @@ def test_the_documented_series_are_the_declared_ones():
         declared.add(f"vllm:treespec_{series.name}{suffix}{labels}")
     documented = set(re.findall(r"^\| `(vllm:treespec_\S+)`", DOCS, re.MULTILINE))
     assert documented == declared
-    for value in (*metrics.FALLBACK_REASONS, *metrics.NO_DRAFT_REASONS):
+    for value in (
+        *metrics.FALLBACK_REASONS,
+        *metrics.NO_DRAFT_REASONS,
+        *metrics.PHASES,
+    ):
         assert f"`{value}`" in DOCS
 
 

@@ -1,4 +1,4 @@
-"""Schedule: how many nodes may each request spend?"""
+"""Schedule: how many nodes may each request spend, and on whose drafts?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_treespec.core.propose import Candidates
 
@@ -22,3 +23,63 @@ def num_offered(
     for each in candidates:
         offered += each.num_candidates
     return offered
+
+
+def nodes_by_batch_size(
+    num_nodes: int, max_rows: int, max_num_reqs: int
+) -> list[tuple[int, int, int]]:
+    """How many nodes each request of a batch gets, ranges of (first, last, nodes).
+
+    A forward pass costs the same for one row as for many, until its matrix products
+    take longer than reading the weights; from there on every row costs. So the batch's
+    requests share ``max_rows`` rows, roots included. There are few tiers, whole
+    trees and powers of two: each of them needs CUDA graphs of its own.
+    """
+    halves = ((num_nodes + 1) // 2).bit_length()
+    tiers = [num_nodes + 1, *(1 << power for power in reversed(range(halves)))]
+    ranges, first = [], 1
+    for rows in tiers:
+        last = max_num_reqs if rows == 1 else min(max_rows // rows, max_num_reqs)
+        if last >= first:
+            ranges.append((first, last, rows - 1))
+            first = last + 1
+    return ranges
+
+
+class RequestLimits:
+    """What every request slot asked for."""
+
+    def __init__(
+        self, max_num_reqs: int, num_proposers: int, device: torch.device
+    ) -> None:
+        self.max_nodes = np.zeros(max_num_reqs, np.int32)
+        self.allowed = np.zeros((num_proposers, max_num_reqs), np.bool_)
+        # The same two on the device, ``_allowed`` as int32.
+        self._max_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._allowed = torch.zeros(
+            num_proposers, max_num_reqs, dtype=torch.int32, device=device
+        )
+
+    def set(self, slot: int, max_nodes: int, allowed: Sequence[bool]) -> None:
+        """A request came. Who may verify nothing needs no drafts."""
+        self.max_nodes[slot] = max_nodes
+        self.allowed[:, slot] = [each and max_nodes > 0 for each in allowed]
+        self._max_nodes[slot] = max_nodes
+        column = torch.from_numpy(self.allowed[:, slot].astype(np.int32))
+        self._allowed[:, slot] = column.to(self._allowed.device, non_blocking=True)
+
+    def budgets(
+        self,
+        slots: torch.Tensor,  # [num_reqs] int64
+        num_nodes: int,
+    ) -> torch.Tensor:  # [num_reqs] int32
+        """Nodes to keep for each, of at most so many."""
+        return self._max_nodes[slots].clamp(max=num_nodes)
+
+    def drop_unwanted(
+        self,
+        num_candidates: torch.Tensor,  # [num_proposers, num_reqs] int32, in place
+        slots: torch.Tensor,  # [num_reqs] int64
+    ) -> None:
+        """Leave nothing of proposers that a request does not want."""
+        num_candidates *= self._allowed[:, slots]

@@ -12,6 +12,7 @@ from vllm.tokenizers import get_tokenizer
 from vllm_treespec.config import ConfigError, DraftModelConfig, TreeSpecConfig
 from vllm_treespec.core.propose.factory import make_shape
 from vllm_treespec.integration.engine_args import from_vllm_config
+from vllm_treespec.integration.sizing import max_num_drafting
 
 
 class TreeVllmConfig(VllmConfig):
@@ -60,13 +61,14 @@ def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
                 "with mixture-of-experts models: ranks would have to draft in step"
             )
         num_rows = make_shape(draft, config.num_speculative_tokens, _CPU).num_rows
-        needed = scheduler.max_num_seqs * (max(num_rows) + 1)
+        num_reqs = max_num_drafting(vllm_config)
+        needed = num_reqs * (max(num_rows) + 1)
         if needed > scheduler.max_num_batched_tokens:
             yield (
-                f"{max(num_rows)} nodes a level for max_num_seqs="
-                f"{scheduler.max_num_seqs} requests need max_num_batched_tokens >= "
-                f"{needed}, it is {scheduler.max_num_batched_tokens}; raise it, or lower "
-                "the draft's width or max_num_seqs"
+                f"{max(num_rows)} nodes a level for {num_reqs} requests need "
+                f"max_num_batched_tokens >= {needed}, it is "
+                f"{scheduler.max_num_batched_tokens}; raise it, or lower the draft's "
+                "width, tree.max_rows or max_num_seqs"
             )
         shortest = min(model.max_model_len, target.max_model_len)
         if sum(num_rows) >= shortest:

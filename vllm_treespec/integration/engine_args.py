@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_treespec.config import METHOD, ConfigError, TreeSpecConfig
+from vllm_treespec.integration.sizing import schedule_of, settle_schedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,6 +44,7 @@ def wrap_create_engine_config(
         # Imported late: vLLM loads plugins before it has read its own configuration.
         from vllm_treespec.integration.draft_config import apply_drafts
 
+        settle_schedule(vllm_config, config)
         apply_drafts(vllm_config, config)
         return vllm_config
 
@@ -89,6 +91,10 @@ def _rewritten(args: EngineArgs, config: TreeSpecConfig) -> Iterator[None]:
             "method": NATIVE_METHOD,
             "model": METHOD,  # read by nobody else: how we know our own config
             "num_speculative_tokens": config.num_speculative_tokens,
+            "num_speculative_tokens_per_batch_size": (
+                # vLLM's ranks might choose differently, and drops it with a warning
+                None if args.data_parallel_size > 1 else schedule_of(config)
+            ),
         },
         "spec_method": None,
         "spec_tokens": None,

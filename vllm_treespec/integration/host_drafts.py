@@ -15,6 +15,7 @@ from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.history import TokenHistory
 from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.pool import ProposerPool
+from vllm_treespec.core.propose.suffix import SuffixProposer
 from vllm_treespec.core.schedule import num_offered
 from vllm_treespec.integration.worth import Worth
 
@@ -44,11 +45,18 @@ class HostDrafts:
             proposers,
             max_candidates=config.num_speculative_tokens,
             vocab_size=vllm_config.model_config.get_vocab_size(),
+            timeout=config.draft_timeout_ms / 1e3,
         )
         self._history = TokenHistory.allocate(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
         )
+        self._suffix = [each for each in proposers if isinstance(each, SuffixProposer)]
+        num_proposers = len(config.proposers)
+        # Per proposer, those on the device included: requests it was asked about, and
+        # those that it had something for.
+        self.lookups = np.zeros(num_proposers, np.int64)
+        self.hits = np.zeros(num_proposers, np.int64)
         self._ranks = ranks
         self._req_states = req_states
         self._columns = torch.arange(config.num_speculative_tokens + 1, device=device)
@@ -87,6 +95,7 @@ class HostDrafts:
     def draft(
         self,
         slots: npt.NDArray[np.int32],  # [num_reqs], batch row -> request slot
+        wanted: npt.NDArray[np.bool_],  # [num_proposers, num_reqs], whose drafts
         builder: TreeBuilder,
         worth: Worth,
     ) -> npt.NDArray[np.int32]:
@@ -98,8 +107,14 @@ class HostDrafts:
         counts = sampled[:, 0]
         self.pool.settle()
         self._history.append(slots, sampled[:, 1:], counts)
-        drafting = [worth.drafting[index] for index in self._indices]
+        drafting = [bool(wanted[index].any()) for index in self._indices]
         candidates = self.pool.propose(self._step(slots), drafting)
+        for index, each in zip(self._indices, candidates, strict=False):
+            each.num_candidates[~wanted[index]] = 0
+            self.lookups[index] += np.count_nonzero(wanted[index] & (counts > 0))
+            self.hits[index] += np.count_nonzero(
+                (each.num_candidates > 0) & (counts > 0)
+            )
         if self._ranks.world_size > 1:
             candidates = self._ranks.broadcast_object(candidates, src=0)
         for index, each in zip(self._indices, candidates, strict=True):
@@ -107,6 +122,17 @@ class HostDrafts:
         for index, seconds in zip(self._indices, self.pool.seconds, strict=False):
             worth.stopwatch.add(index, seconds)  # known to the first rank only
         return np.where(counts > 0, num_offered(candidates), 0)
+
+    @property
+    def faulty(self) -> list[int]:
+        """Proposers that failed; known to the first rank only."""
+        dismissed = zip(self._indices, self.pool.is_dismissed, strict=False)
+        return [index for index, is_dismissed in dismissed if is_dismissed]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that the suffix proposer remembers."""
+        return sum(each.num_cached_tokens for each in self._suffix)
 
     def learn(self, slots: npt.NDArray[np.int32]) -> None:
         """Index the new tokens, off the request path."""

@@ -20,7 +20,7 @@ from vllm_treespec.integration.engine_args import from_vllm_config, has_trees
 logger = logging.getLogger(f"vllm.{__name__}")
 
 # Series -> what is to be added: of a counter a number per label value, of a histogram
-# any number of observations.
+# any number of observations; of a gauge, what it now is.
 Increments = dict[str, list[float]]
 
 PREFIX = "vllm:treespec_"
@@ -31,8 +31,13 @@ FALLBACK_REASONS = (
     "logits_processors",
     "pooling",
 )
-NOTHING_OFFERED, RESTING, NOT_SCHEDULED = range(3)
-NO_DRAFT_REASONS = ("nothing_offered", "resting", "not_scheduled")
+NOTHING_OFFERED, RESTING, NOT_SCHEDULED, NOT_WANTED, BUSY = range(5)
+NO_DRAFT_REASONS = (
+    *("nothing_offered", "resting", "not_scheduled", "not_wanted"),
+    "busy",
+)
+BUILD, VERIFY, COMMIT = range(3)
+PHASES = ("build", "verify", "commit")
 RANKS = (*map(str, range(MAX_RANK)), f"{MAX_RANK}+")
 LOGGED_DEPTHS = 4
 
@@ -59,6 +64,8 @@ class Series:
         options: dict[str, Any] = {}
         if self.kind == "histogram":
             options["buckets"] = _buckets(config)
+        if self.kind == "gauge":
+            options["multiprocess_mode"] = "mostrecent"
         labels = [] if self.label is None else [self.label]
         metric = getattr(stat_logger, f"_{self.kind}_cls")(
             name=PREFIX + self.name,
@@ -75,6 +82,10 @@ class Series:
 
 def _proposers(config: TreeSpecConfig) -> Sequence[str]:
     return config.proposer_names
+
+
+def _hosted(config: TreeSpecConfig) -> Sequence[str]:
+    return config.proposer_names[len(config.device_proposers) :]
 
 
 SERIES = (
@@ -147,6 +158,39 @@ SERIES = (
         label="proposer",
         values=_proposers,
     ),
+    Series(
+        name="proposer_faults",
+        kind="counter",
+        help="Proposers that failed or stalled and are off until restart.",
+        label="proposer",
+        values=_proposers,
+    ),
+    Series(
+        name="lookups",
+        kind="counter",
+        help="Times that the proposer was asked for drafts of a request.",
+        label="proposer",
+        values=_hosted,
+    ),
+    Series(
+        name="lookup_hits",
+        kind="counter",
+        help="Of those, times that it had any.",
+        label="proposer",
+        values=_hosted,
+    ),
+    Series(
+        name="suffix_cached_tokens",
+        kind="gauge",
+        help="Tokens of prompts and outputs that the suffix proposer remembers.",
+    ),
+    Series(
+        name="phase_seconds",
+        kind="counter",
+        help="Time of a step's phases beside drafting and the target's forward pass.",
+        label="phase",
+        values=lambda _: PHASES,
+    ),
 )
 
 
@@ -160,7 +204,12 @@ def _observe(metrics: list[Any], values: Sequence[float]) -> None:
         metrics[0].observe(value)
 
 
-RECORD = {"counter": _add, "histogram": _observe}
+def _set(metrics: list[Any], values: Sequence[float]) -> None:
+    for metric, value in zip(metrics, values, strict=True):
+        metric.set(value)
+
+
+RECORD = {"counter": _add, "histogram": _observe, "gauge": _set}
 
 
 class TreeProm:

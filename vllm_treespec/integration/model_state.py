@@ -11,6 +11,7 @@ from vllm_treespec.config import ConfigError
 from vllm_treespec.core.attend import attach
 from vllm_treespec.core.commit import commit_paths
 from vllm_treespec.integration.fallback import has_custom_processors
+from vllm_treespec.integration.metrics import COMMIT
 from vllm_treespec.integration.path_options import follow_paths
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.kernels.compact_kv import KVLayers
@@ -102,10 +103,11 @@ class TreeModelState(DefaultModelState):
         if self._num_draft_tokens == 0:
             return  # nothing was verified, and the paths are those of an older step
         speculator = self.speculator
-        commit_paths(
-            speculator.kernels,
-            self._layers,
-            speculator.batch,
-            speculator.paths,
-            idx_mapping,
-        )
+        with speculator.phases.measure(COMMIT):
+            commit_paths(
+                speculator.kernels,
+                self._layers,
+                speculator.batch,
+                speculator.paths,
+                idx_mapping,
+            )

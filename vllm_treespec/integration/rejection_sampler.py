@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_treespec.core.verify.target_walk import cut_paths, walk_target
+from vllm_treespec.integration.metrics import VERIFY
 
 if TYPE_CHECKING:
     from vllm_treespec.integration.speculator import TreeSpeculator
@@ -39,6 +40,15 @@ class TreeRejectionSampler:
         input_batch: Any,
         draft_logits: torch.Tensor | None = None,
         invalid_drafts: torch.Tensor | None = None,  # [num_logits] bool
+    ) -> SamplerOutput:
+        with self._speculator.phases.measure(VERIFY):
+            return self._verify(logits, input_batch, invalid_drafts)
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        input_batch: Any,
+        invalid_drafts: torch.Tensor | None,
     ) -> SamplerOutput:
         sampler, speculator = self._sampler, self._speculator
         num_nans = get_num_nans(logits) if sampler.compute_nans else None

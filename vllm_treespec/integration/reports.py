@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_treespec.integration.carrier import REPORT, Report
-from vllm_treespec.integration.metrics import FALLBACK_REASONS, NO_DRAFT_REASONS
+from vllm_treespec.integration.metrics import NO_DRAFT_REASONS
 
 if TYPE_CHECKING:
     from vllm_treespec.core.observe import StepCounts
@@ -58,13 +57,10 @@ class PendingReport:
 class Reporter:
     """Collects a step's report: ``verified`` if drafts were, ``decoded``, ``take``."""
 
-    def __init__(self, num_proposers: int) -> None:
+    def __init__(self) -> None:
         self._counts: StepCounts | None = None
         self._pending: PendingReport | None = None
-        self._totals: Increments = {
-            "fallbacks": [0.0] * len(FALLBACK_REASONS),
-            "draft_seconds": [0.0] * num_proposers,
-        }
+        self._totals: Increments = {}
 
     def verified(self, counts: StepCounts) -> None:
         """Start copying the counts; vLLM waits for the tokens that it copies later."""
@@ -81,21 +77,22 @@ class Reporter:
         )
         self._counts = None
 
-    def take(
-        self, *, fallbacks: Sequence[float], draft_seconds: Sequence[float]
-    ) -> PendingReport | None:
+    def take(self, totals: Increments, gauges: Increments) -> PendingReport | None:
         """The step's report, with what was added to these totals since the last."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.increments |= self._since_last(
-                {"fallbacks": list(fallbacks), "draft_seconds": list(draft_seconds)}
-            )
+            pending.increments |= self._since_last(totals) | gauges
         return pending
 
     def _since_last(self, totals: Increments) -> Increments:
         last, self._totals = self._totals, totals
         return {
-            name: [now - then for now, then in zip(values, last[name], strict=True)]
+            name: [
+                now - then
+                for now, then in zip(
+                    values, last.get(name, [0.0] * len(values)), strict=True
+                )
+            ]
             for name, values in totals.items()
         }
 

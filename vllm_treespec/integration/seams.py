@@ -17,7 +17,11 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_treespec.integration import carrier, grammar, metrics
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
-from vllm_treespec.integration.request_options import wrap_validate_spec_decode
+from vllm_treespec.integration.request_options import (
+    wrap_update_after_schedule,
+    wrap_validate_params,
+    wrap_validate_spec_decode,
+)
 
 
 class SeamError(RuntimeError):
@@ -124,6 +128,20 @@ PATCHES = (
         parameters=("self", "speculative_config"),
         wrap=wrap_validate_spec_decode,
         why="min_p and logit_bias are refused with any speculative method",
+    ),
+    Patch(
+        target="vllm.v1.engine.input_processor:InputProcessor._validate_params",
+        parameters=("self", "params", "supported_tasks"),
+        wrap=wrap_validate_params,
+        why="nobody looks into a request's extra_args before they are needed",
+    ),
+    Patch(
+        target=(
+            "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule"
+        ),
+        parameters=("self", "scheduler_output"),
+        wrap=wrap_update_after_schedule,
+        why="all requests get the same number of placeholders for drafts",
     ),
     Patch(
         target=f"{_SCHEDULER}.add_request",

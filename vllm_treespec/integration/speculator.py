@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
@@ -23,6 +24,7 @@ from vllm_treespec.core.feedback import Feedback
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.observe import StepCounts, count_step
 from vllm_treespec.core.propose.factory import make_proposers
+from vllm_treespec.core.schedule import RequestLimits
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
@@ -33,14 +35,21 @@ from vllm_treespec.integration.fallback import chain_reason, count_fallback
 from vllm_treespec.integration.host_drafts import HostDrafts
 from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.metrics import (
+    BUILD,
+    BUSY,
     FALLBACK_REASONS,
     NOT_SCHEDULED,
+    NOT_WANTED,
     NOTHING_OFFERED,
+    PHASES,
     RESTING,
+    Increments,
 )
 from vllm_treespec.integration.model_state import TreeModelState
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
+from vllm_treespec.integration.sizing import max_num_rows
+from vllm_treespec.integration.stopwatch import Stopwatch
 from vllm_treespec.integration.worth import Worth
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -115,13 +124,16 @@ class TreeSpeculator(DraftModelSpeculator):
             ranks=self._ranks,
             device=device,
         )
-        self._reporter = Reporter(len(config.proposers))
+        self._limits = RequestLimits(max_num_reqs, len(config.proposers), device)
+        self.phases = Stopwatch(len(PHASES), device)
+        self._reporter = Reporter()
         self._counts: StepCounts | None = None  # of the last step that verified drafts
         # [max_num_reqs], why a slot would have no drafts verified
         self._no_draft_reasons = np.full(max_num_reqs, NOTHING_OFFERED, np.int8)
         self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
         self.has_custom_processors = False  # until the sampler is made
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
+        self._faults: set[int] = set()  # proposers on the device that failed
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
@@ -200,6 +212,15 @@ class TreeSpeculator(DraftModelSpeculator):
         self, slot: int, req_id: str, token_ids: Sequence[int], sampling_params: Any
     ) -> None:
         self._slots[req_id] = slot
+        options = self._config.for_request(
+            sampling_params.extra_args if sampling_params is not None else None
+        )
+        assert options.max_nodes is not None and options.proposers is not None
+        self._limits.set(
+            slot,
+            options.max_nodes,
+            [name in options.proposers for name in self._names],
+        )
         self.trees.reset(slot)
         self._feedback.forget(slot)
         structured = self.vllm_config.structured_outputs_config
@@ -215,6 +236,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.sampled.remove_request(slot)
             # A seed asks for the very tokens of another run: those of no speculation.
             may_draw = reason is None and sampling_params.seed is None
+            may_draw = may_draw and bool(self._limits.allowed[0, slot])
             if may_draw and self._config.draws_at(sampling_params.temperature):
                 self.sampled.add_request(slot)
         if self.hosted is not None:
@@ -263,37 +285,41 @@ class TreeSpeculator(DraftModelSpeculator):
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         slots = input_batch.idx_mapping[:num_reqs]
-        self._reporter.decoded(
-            input_batch, self._no_draft_reasons[input_batch.idx_mapping_np]
-        )
+        slots_np = input_batch.idx_mapping_np.astype(np.int32)
+        self._reporter.decoded(input_batch, self._no_draft_reasons[slots_np])
         self._learn(input_batch, slots)
         if self.hosted is not None:
             self.hosted.fetch_sampled(slots, num_sampled)
-        slot_list = input_batch.idx_mapping_np.tolist()
+        slot_list = slots_np.tolist()
+        # [num_proposers, num_reqs], whose drafts who gets
+        wanted = self._limits.allowed[:, slots_np]
+        wanted = wanted & np.array(self._worth.drafting)[:, None]
         draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
-        offered = np.zeros(num_reqs, np.int32)
-        offered += self._draft_on_device(
+        offered = self._draft_on_device(
             input_batch,
             num_sampled,
             temperature,
-            num_speculative_tokens,
+            wanted & (num_speculative_tokens > 0),
             draws=draws,
         )
         if self.hosted is not None:
-            slots_np = input_batch.idx_mapping_np.astype(np.int32)
-            offered += self.hosted.draft(slots_np, self.builder, self._worth)
+            offered += self.hosted.draft(slots_np, wanted, self.builder, self._worth)
+        if not self._limits.allowed[:, slots_np].all():
+            self._limits.drop_unwanted(
+                self.builder.candidates.num_candidates[:, :num_reqs], slots
+            )
+        self._num_drafts[slots_np] = np.minimum(
+            offered,
+            np.minimum(self._limits.max_nodes[slots_np], num_speculative_tokens),
+        )
+        self._note_reasons(slots_np, offered, num_speculative_tokens)
         # A request still in its prefill has no newest token to continue.
-        budgets = torch.where(num_sampled > 0, num_speculative_tokens, 0).int()
-        self._num_drafts[input_batch.idx_mapping_np] = np.minimum(
-            offered, num_speculative_tokens
-        )
-        idle = NOTHING_OFFERED if any(self._worth.drafting) else RESTING
-        self._no_draft_reasons[input_batch.idx_mapping_np] = np.where(
-            (offered > 0) | (num_speculative_tokens == 0), NOT_SCHEDULED, idle
-        )
-        draft_tokens = self._build(slots, budgets, slot_list, draws=draws)
+        budgets = self._limits.budgets(slots, num_speculative_tokens)
+        budgets.masked_fill_(num_sampled == 0, 0)
+        with self.phases.measure(BUILD):
+            draft_tokens = self._build(slots, budgets, slot_list, draws=draws)
         self._feedback.remember(slots, self.req_states.total_len.gpu)
         self._worth.end_step()
         if self.hosted is not None:
@@ -315,11 +341,37 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def take_report(self) -> PendingReport | None:
         """What the step came to, on the first rank."""
-        pending = self._reporter.take(
-            fallbacks=[self.fallbacks[reason] for reason in FALLBACK_REASONS],
-            draft_seconds=self._worth.stopwatch.seconds(),
-        )
+        totals: Increments = {
+            "fallbacks": [self.fallbacks[reason] for reason in FALLBACK_REASONS],
+            "draft_seconds": self._worth.stopwatch.seconds(),
+            "phase_seconds": self.phases.seconds(),
+        }
+        gauges: Increments = {}
+        faults = self._faults
+        if self.hosted is not None:
+            hosted = self.hosted
+            faults = faults.union(hosted.faulty)
+            first = len(self._config.device_proposers)
+            totals["lookups"] = hosted.lookups[first:].tolist()
+            totals["lookup_hits"] = hosted.hits[first:].tolist()
+            gauges["suffix_cached_tokens"] = [hosted.num_cached_tokens]
+        totals["proposer_faults"] = [
+            float(index in faults) for index in range(len(self._names))
+        ]
+        pending = self._reporter.take(totals, gauges)
         return pending if self._ranks.is_first_rank else None
+
+    def _note_reasons(
+        self,
+        slots: npt.NDArray[np.int32],
+        offered: npt.NDArray[np.int32],  # [num_reqs], nodes
+        num_nodes: int,
+    ) -> None:
+        """Remember why the next step of each may have no drafts."""
+        idle = NOTHING_OFFERED if any(self._worth.drafting) else RESTING
+        reasons = np.where(offered > 0, NOT_SCHEDULED, idle if num_nodes else BUSY)
+        is_wanted = self._limits.allowed[:, slots].any(0)
+        self._no_draft_reasons[slots] = np.where(is_wanted, reasons, NOT_WANTED)
 
     def _draws(self, slot_list: list[int], num_nodes: int) -> bool:
         """Whether a request of this batch has its children drawn."""
@@ -369,15 +421,16 @@ class TreeSpeculator(DraftModelSpeculator):
         input_batch: Any,
         num_sampled: torch.Tensor,
         temperature: torch.Tensor,
-        num_nodes: int,
+        wanted: npt.NDArray[np.bool_],  # [num_proposers, num_reqs]
         *,
         draws: bool,
-    ) -> int:
+    ) -> npt.NDArray[np.int32]:  # [num_reqs]
         """Let the drafts catch up, and grow trees; returns nodes offered to each
         request at most."""
-        num_reqs, offered = input_batch.num_reqs, 0
+        num_reqs = input_batch.num_reqs
+        offered = np.zeros(num_reqs, np.int32)
         for index, draft in list(self.drafts.items()):
-            grows, nodes = self._worth.drafting[index] and num_nodes > 0, 0
+            grows, nodes = bool(wanted[index].any()), 0
             try:
                 with self._worth.stopwatch.measure(index):
                     draft.catch_up(input_batch, num_sampled, temperature)
@@ -389,7 +442,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 self._dismiss(index)
                 grows = False
             if grows:
-                offered += nodes
+                offered += nodes * wanted[index]
             else:
                 self.builder.forget(index, num_reqs)
         return offered
@@ -400,6 +453,7 @@ class TreeSpeculator(DraftModelSpeculator):
             "without it",
             self._names[index],
         )
+        self._faults.add(index)
         del self.drafts[index]
 
     def num_drafts(self, req_id: str) -> int:
@@ -434,7 +488,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _show_logits_to_profiler(self) -> None:
         """Claim what verification will, so that the KV cache leaves room for it."""
-        rows = self.trees.parents.numel()
+        rows = max_num_rows(self.vllm_config)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         dtype = self.vllm_config.model_config.dtype
         claimed = [torch.empty(rows, vocab_size, dtype=dtype, device=self.device)]

@@ -227,7 +227,11 @@ class _Engine:
             speculative_config={
                 "method": METHOD,
                 "num_speculative_tokens": options.num_nodes,
-                "tree": {"proposers": [proposer], "adaptive": False},
+                "tree": {
+                    "proposers": [proposer],
+                    "adaptive": False,
+                    "max_rows": 2**20,
+                },
             },
             disable_log_stats=False,
             **options.engine_options,

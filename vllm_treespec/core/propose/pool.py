@@ -1,15 +1,17 @@
-"""All proposers of an engine behind one call: they share threads, faults and checks."""
+"""All proposers on the host behind one call: they share threads, faults and checks."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
 from vllm_treespec.core.propose import Candidates, DecodeStep, Proposer
+from vllm_treespec.core.propose.lane import Lane
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -17,108 +19,128 @@ logger = logging.getLogger(f"vllm.{__name__}")
 class ProposerPool:
     """Asks every proposer for candidates and lets them learn off the request path.
 
-    A proposer that raises or returns nonsense is dismissed with one log line: it may
-    cost speed, never a request.
+    A proposer that raises, returns nonsense or takes longer than ``timeout`` seconds is
+    dismissed with one log line: it may cost speed, never a request.
     """
 
     def __init__(
-        self, proposers: Sequence[Proposer], *, max_candidates: int, vocab_size: int
+        self,
+        proposers: Sequence[Proposer],
+        *,
+        max_candidates: int,
+        vocab_size: int,
+        timeout: float,
     ) -> None:
         self.names = [proposer.name for proposer in proposers]
-        self._proposers: list[Proposer | None] = list(proposers)
+        self.is_dismissed = [False] * len(proposers)
         self.seconds = [0.0] * len(proposers)  # of the last ``propose``
+        self._lanes = [Lane(proposer) for proposer in proposers]
         self._max_candidates = max_candidates
         self._vocab_size = vocab_size
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="treespec-learn")
-        self._learning: Future[None] | None = None
+        self._timeout = timeout
+        self._learning: dict[int, Future[Any]] = {}
 
     def add_request(self, slot: int) -> None:
-        self.settle()
-        for index, proposer in self._active():
-            try:
-                proposer.add_request(slot)
-            except Exception:  # a proposer may fail in any way; see the class docstring
-                self._dismiss(index)
+        self._ask(lambda proposer: proposer.add_request(slot))
 
     def remove_request(self, slot: int) -> None:
-        self.settle()
-        for index, proposer in self._active():
-            try:
-                proposer.remove_request(slot)
-            except Exception:  # see add_request
-                self._dismiss(index)
+        self._ask(lambda proposer: proposer.remove_request(slot))
+
+    def clear(self) -> None:
+        """Forget everything learned from all requests."""
+        self._ask(lambda proposer: proposer.clear())
 
     def propose(
         self, step: DecodeStep, drafting: Sequence[bool] | None = None
     ) -> list[Candidates]:
         """Candidates of every proposer, empty ones from those that are not ``drafting``
         or were dismissed. ``seconds`` then says how long each took."""
-        self.settle()
-        results = [Candidates.allocate(len(step.slots), 0)] * len(self._proposers)
-        self.seconds = [0.0] * len(self._proposers)
-        for index, proposer in self._active():
-            if drafting is not None and not drafting[index]:
-                continue
+        num_reqs = len(step.slots)
+        results = [Candidates.allocate(num_reqs, 0)] * len(self._lanes)
+        self.seconds = [0.0] * len(self._lanes)
+        wanted = drafting or [True] * len(self._lanes)
+
+        def draft(proposer: Proposer) -> tuple[Candidates, float]:
             start = time.perf_counter()
-            try:
-                candidates = proposer.propose(step)
-                self._check(candidates, len(step.slots))
-                results[index] = candidates
-            except Exception:  # see add_request
-                self._dismiss(index)
-            self.seconds[index] = time.perf_counter() - start
+            candidates = proposer.propose(step)
+            self._check(candidates, num_reqs)
+            return candidates, time.perf_counter() - start
+
+        for index, done in self._ask(draft, wanted).items():
+            results[index], self.seconds[index] = done
         return results
 
     def learn(self, step: DecodeStep) -> None:
         """Start indexing the step's tokens; the next call of any method waits."""
         self.settle()
-        self._learning = self._executor.submit(self._learn, step)
+        self._learning = self._submit(lambda proposer: proposer.learn(step))
 
     def settle(self) -> None:
         """Wait for learning to end; only then may the history change."""
-        if self._learning is not None:
-            self._learning.result()
-            self._learning = None
-
-    def clear(self) -> None:
-        """Forget everything learned from all requests."""
-        self.settle()
-        for _, proposer in self._active():
-            proposer.clear()
+        self._collect(self._learning)
+        self._learning = {}
 
     def shutdown(self) -> None:
-        self._executor.shutdown(wait=True)
+        self.settle()
+        for lane in self._lanes:
+            lane.close()
 
-    def _learn(self, step: DecodeStep) -> None:
-        for index, proposer in self._active():
+    def _ask(
+        self,
+        call: Callable[[Proposer], Any],
+        wanted: Sequence[bool] | None = None,
+    ) -> dict[int, Any]:
+        """Per proposer that could do it, what it returned."""
+        self.settle()
+        return self._collect(self._submit(call, wanted))
+
+    def _submit(
+        self,
+        call: Callable[[Proposer], Any],
+        wanted: Sequence[bool] | None = None,
+    ) -> dict[int, Future[Any]]:
+        return {
+            index: lane.submit(call, lane.proposer)
+            for index, lane in enumerate(self._lanes)
+            if not self.is_dismissed[index] and (wanted is None or wanted[index])
+        }
+
+    def _collect(self, futures: dict[int, Future[Any]]) -> dict[int, Any]:
+        deadline = time.monotonic() + self._timeout
+        results = {}
+        for index, future in futures.items():
             try:
-                proposer.learn(step)
-            except Exception:  # see add_request
-                self._dismiss(index)
+                results[index] = future.result(max(deadline - time.monotonic(), 0.0))
+            except Exception as error:  # it may fail in any way
+                self._dismiss(index, error)
+        return results
 
-    def _active(self) -> list[tuple[int, Proposer]]:
-        return [
-            (index, proposer)
-            for index, proposer in enumerate(self._proposers)
-            if proposer is not None
-        ]
-
-    def _dismiss(self, index: int) -> None:
-        logger.exception(
+    def _dismiss(self, index: int, error: Exception) -> None:
+        name = self.names[index]
+        if isinstance(error, TimeoutError):
+            error = TimeoutError(f"no answer within {self._timeout:g} s")
+        logger.error(
             "treespec: proposer %r failed and is off until restart; "
             "requests go on without it",
-            self.names[index],
+            name,
+            exc_info=error,
         )
-        self._proposers[index] = None
+        self.is_dismissed[index] = True
+        self._lanes[index].close()
 
     def _check(self, candidates: Candidates, num_reqs: int) -> None:
         counts = candidates.num_candidates
-        width = candidates.token_ids.shape[1]
-        if counts.shape != (num_reqs,) or width > self._max_candidates:
+        shape = candidates.token_ids.shape
+        width = shape[1]
+        if shape[0] != num_reqs or width > self._max_candidates:
             raise ValueError(
-                f"candidates for {counts.shape[0]} rows of {width}, asked for "
-                f"{num_reqs} rows of at most {self._max_candidates}"
+                f"candidates for {shape[0]} rows of {width}, asked for {num_reqs} rows "
+                f"of at most {self._max_candidates}"
             )
+        if not candidates.parents.shape == candidates.scores.shape == shape:
+            raise ValueError("a candidate needs a token, a parent and a score")
+        if counts.shape != (num_reqs,) or np.any((counts < 0) | (counts > width)):
+            raise ValueError(f"{counts.tolist()} candidates in rows of {width}")
         columns = np.arange(width)
         used = columns < counts[:, None]
         parents, token_ids = candidates.parents, candidates.token_ids

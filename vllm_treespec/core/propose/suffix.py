@@ -77,6 +77,11 @@ class SuffixProposer:
         if self.min_log_prob > 0.0:
             yield f"min_log_prob={self.min_log_prob}: must not be above 0"
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens whose contexts are remembered."""
+        return min(int(self._index.clock[0]), self.max_cached_tokens)
+
     def add_request(self, slot: int) -> None:
         self.remove_request(slot)
         self._num_requests += 1

@@ -1,0 +1,90 @@
+"""Node budgets that follow the load, by vLLM's own schedule of drafts per batch size."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.core.schedule import nodes_by_batch_size
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+Schedule = list[tuple[int, int, int]]  # (first, last) batch size, nodes per request
+
+
+def schedule_of(config: TreeSpecConfig) -> Schedule:
+    """For batches of any size; vLLM reads it up to ``max_num_seqs``."""
+    return nodes_by_batch_size(
+        config.num_speculative_tokens, config.num_shared_rows, max_num_reqs=2**20
+    )
+
+
+def settle_schedule(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
+    """Drop the schedule where every batch has room for whole trees, and say what
+    applies."""
+    speculative = vllm_config.speculative_config
+    scheduler = vllm_config.scheduler_config
+    assert speculative is not None
+    max_num_reqs, nodes = scheduler.max_num_seqs, config.num_speculative_tokens
+    num_rows = max_num_reqs * (nodes + 1)
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        logger.info(
+            "treespec: %d nodes per request and step at any load; with data "
+            "parallelism budgets cannot follow it",
+            nodes,
+        )
+    elif num_rows <= config.num_shared_rows:
+        speculative.num_speculative_tokens_per_batch_size = None
+    else:
+        num_rows = config.num_shared_rows
+        logger.info(
+            "treespec: requests share %d rows of a forward pass (tree.max_rows), so "
+            "the nodes of each follow the batch size: %s",
+            num_rows,
+            ", ".join(
+                f"{first}-{last}: {each}"
+                for first, last, each in nodes_by_batch_size(
+                    nodes, num_rows, max_num_reqs
+                )
+            ),
+        )
+    if num_rows > scheduler.max_num_batched_tokens:
+        logger.warning(
+            "treespec: max_num_batched_tokens=%d is less than the %d rows that trees "
+            "of a full batch may take, so some requests will wait for their turn; "
+            "raise it, or lower tree.max_rows, num_speculative_tokens or max_num_seqs",
+            scheduler.max_num_batched_tokens,
+            num_rows,
+        )
+
+
+def max_num_rows(vllm_config: VllmConfig) -> int:
+    """Rows of a forward pass that are sampled from, at most."""
+    speculative = vllm_config.speculative_config
+    assert speculative is not None
+    max_num_reqs: int = vllm_config.scheduler_config.max_num_seqs
+    schedule: Schedule | None = speculative.num_speculative_tokens_per_batch_size
+    if schedule is None:
+        num_nodes: int = speculative.num_speculative_tokens
+        return max_num_reqs * (num_nodes + 1)
+    # A step's drafts are scheduled in the next one, to which newcomers may be added.
+    return max_num_reqs + max(
+        min(last, max_num_reqs) * (nodes + 1)
+        for first, last, nodes in schedule
+        if first <= max_num_reqs
+    )
+
+
+def max_num_drafting(vllm_config: VllmConfig) -> int:
+    """Requests that are drafted for in one step, at most."""
+    speculative = vllm_config.speculative_config
+    assert speculative is not None
+    max_num_reqs: int = vllm_config.scheduler_config.max_num_seqs
+    schedule: Schedule | None = speculative.num_speculative_tokens_per_batch_size
+    if schedule is None:
+        return max_num_reqs
+    return min(max_num_reqs, max(last for _, last, nodes in schedule if nodes > 0))
