@@ -377,8 +377,9 @@ def test_a_draft_that_raises_is_dismissed_and_requests_go_on(
         return original(draft, num_reqs, **options)
 
     monkeypatch.setattr(DraftModel, "propose", propose)
-    check(model_path("llama"), prompts(), max_tokens=20, dismissed=True)
+    engine = check(model_path("llama"), prompts(), max_tokens=20, dismissed=True)
     assert len(calls) == 5
+    assert engine.metric("vllm:treespec_proposer_faults") == 1
 
 
 def test_a_draft_that_does_not_pay_rests(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -210,16 +211,16 @@ def test_bad_words_of_a_text_get_trees(start, acceptance):
     assert not engine.runner.speculator.fallbacks
 
 
-@pytest.mark.parametrize("fault", ["raises", "lies"])
+@pytest.mark.parametrize("fault", ["raises", "lies", "stalls"])
 def test_a_proposer_that_fails_costs_speed_not_the_request(
     fault, model_path, prompts, start, monkeypatch, caplog
 ):
     batch = prompts(3)
     plain = start(model_path("llama")).greedy(batch, 16)
-    engine = start(model_path("llama"), truths=[])
+    engine = start(model_path("llama"), truths=[], tree={"draft_timeout_ms": 500})
     proposer = engine.proposers[0]
     original = proposer.propose
-    calls = 0
+    calls, over = 0, threading.Event()
 
     def propose(step):
         nonlocal calls
@@ -228,12 +229,16 @@ def test_a_proposer_that_fails_costs_speed_not_the_request(
         if calls == 3:
             if fault == "raises":
                 raise RuntimeError("out of ideas")
+            if fault == "stalls":
+                over.wait(60)
             candidates.token_ids[:, 0] = 10**6
         return candidates
 
     monkeypatch.setattr(proposer, "propose", propose)
     assert engine.greedy(batch, 16) == plain
+    over.set()
     assert calls == 3  # then it was dismissed
+    assert engine.metric("vllm:treespec_proposer_faults") == 1
 
 
 def test_requests_without_drafts_are_not_padded(model_path, prompts, start):

@@ -294,6 +294,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # [num_proposers, num_reqs], whose drafts who gets
         wanted = self._limits.allowed[:, slots_np]
         wanted = wanted & np.array(self._worth.drafting)[:, None]
+        wanted &= num_speculative_tokens > 0
         draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
@@ -301,7 +302,7 @@ class TreeSpeculator(DraftModelSpeculator):
             input_batch,
             num_sampled,
             temperature,
-            wanted & (num_speculative_tokens > 0),
+            wanted,
             draws=draws,
         )
         if self.hosted is not None:
