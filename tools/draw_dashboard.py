@@ -71,9 +71,7 @@ class View:
 
 
 def _curve(result: Any, legend: str) -> Curve:
-    name = re.sub(
-        r"{{(\w+)}}", lambda found: result["metric"].get(found[1], ""), legend
-    )
+    name = re.sub(r"{{(\w+)}}", lambda found: result["metric"][found[1]], legend)
     points = result.get("values") or [result["value"]]
     return name, [float(when) for when, _ in points], [float(y) for _, y in points]
 
