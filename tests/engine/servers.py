@@ -53,7 +53,13 @@ def environment() -> dict[str, str]:
         for key, value in os.environ.items()
         if key != "VLLM_ENABLE_V1_MULTIPROCESSING"
     }
-    return {**env, "PYTHONSAFEPATH": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    return {
+        **env,
+        "PYTHONSAFEPATH": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        # Endpoints are added to a server only by name, see docs/operations.md.
+        "VLLM_PLUGINS": "treespec,treespec_cpu_host",
+    }
 
 
 def free_port() -> int:

@@ -28,13 +28,6 @@ from vllm_treespec.integration.metrics import SERIES
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "docs/grafana/alerts.yml"
 PROGRAMS = ROOT / "build/prometheus"
-# Series on the dashboard that are not there yet.
-PENDING = {
-    *("proposer_faults", "suffix_cached_tokens", "lookups", "lookup_hits"),
-    "phase_seconds",
-}
-
-
 needs_prometheus = pytest.mark.skipif(
     shutil.which("apt-get") is None, reason="Prometheus is Debian's package here"
 )
@@ -67,8 +60,7 @@ def test_every_series_is_in_a_panel_and_no_panel_asks_for_another():
         )
     )
     declared = {series.name for series in SERIES}
-    assert not PENDING & declared, "no longer pending"
-    assert shown == declared | PENDING
+    assert shown == declared
 
 
 @needs_prometheus
@@ -119,8 +111,7 @@ def without_data(view: Any) -> list[str]:
     return [
         name
         for name, target in asked.items()
-        if not own_series(target["expr"]) & PENDING
-        and not any(
+        if not any(
             math.isfinite(value)
             for _, _, values in view.curves(target)
             for value in values

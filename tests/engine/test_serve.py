@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -58,8 +58,18 @@ def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
         trees = ask_everything(client)
         metrics = Scrape(port)
         obey_a_choice(client)
+        refuse_what_cannot_be_had(client)
+        without = complete(client, treespec_max_nodes=0)
         later = Scrape(port)
+        forget(port)
+        assert complete(client, treespec_proposers=["suffix"]) == without
+        cleared = Scrape(port)
     assert trees == plain
+    assert without == plain["completion"]
+    reason = "treespec_steps_without_drafts_total"
+    assert later(reason, reason="not_wanted") >= 31
+    known = "treespec_suffix_cached_tokens"
+    assert 0 < cleared(known) < 80 < later(known)
     assert trees["stream"] == trees["completion"]
     assert trees["chat stream"] == trees["chat"]
     assert metrics("spec_decode_num_accepted_tokens_total") > 0
@@ -72,6 +82,31 @@ def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
     assert later("treespec_fallbacks_total") == 0
     for proposer in ("draft_model", "suffix", "ngram"):
         assert later("treespec_draft_seconds_total", proposer=proposer) > 0
+
+
+def complete(client: openai.OpenAI, **options: Any) -> str:
+    answer = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=32,
+        temperature=0.0,
+        extra_body={"vllm_xargs": options},
+    )
+    return answer.choices[0].text
+
+
+def refuse_what_cannot_be_had(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        complete(client, treespec_max_nodes=9)
+    assert "treespec_max_nodes=9: must be in [0, 8]" in str(error.value)
+    with pytest.raises(openai.BadRequestError, match="did you mean 'suffix'"):
+        complete(client, treespec_proposers=["sufix"])
+
+
+def forget(port: int) -> None:
+    request = Request(f"http://127.0.0.1:{port}/treespec/clear", method="POST")
+    with urlopen(request) as response:
+        assert response.status == 200
 
 
 def obey_a_choice(client: openai.OpenAI) -> None:
