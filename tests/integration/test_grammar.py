@@ -3,8 +3,11 @@
 import random
 
 import pytest
+import torch
+import xgrammar
+from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-from vllm_treespec.integration.grammar import walk
+from vllm_treespec.integration.grammar import traverse, walk
 
 
 class Sentences:
@@ -85,3 +88,28 @@ def test_any_tree_visits_what_walking_each_path_alone_allows(seed):
         if grammar._allows(path) and not {*starts} & {*sentences}:
             expected[node] = path
     assert visited(grammar, nodes) == expected
+
+
+JSON = [chr(code) if code < 128 else f"word{code}" for code in range(200)]
+JSON[1] = "</s>"
+JSON[130:135] = ['"a', '": ', "1,", "]}", "true"]
+
+
+@pytest.mark.parametrize("said", ["", "{", '{"a": [', '{"a": 1', "{}"])
+def test_xgrammars_own_traversal_fills_the_same_rows(said):
+    info = xgrammar.TokenizerInfo(JSON, stop_token_ids=[1])
+    rules = xgrammar.GrammarCompiler(info).compile_builtin_json_grammar()
+    likely = [*map(ord, '{}[]",:1 a'), 1, *range(130, 135), -1]
+    chance, num_reached = random.Random(0), 0
+    for _ in range(20):
+        grammar = XgrammarGrammar(len(JSON), xgrammar.GrammarMatcher(rules), rules)
+        grammar.accept_tokens("a", [*map(ord, said)])
+        nodes = [(chance.choice(likely), chance.randrange(-1, n)) for n in range(40)]
+        walked = torch.full((41, 7), -1, dtype=torch.int32)
+        grammar.fill_bitmask(walked, 0)
+        traversed = walked.clone()
+        walk(grammar, "a", nodes, walked[1:])
+        traverse(grammar, nodes, traversed)
+        assert torch.equal(walked, traversed)
+        num_reached += int((walked[1:] != -1).any(dim=1).sum())
+    assert num_reached > 20 or said == "{}", "only the end may follow"

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 Parents = list[int]  # per draft token, that of its parent, -1: the root
 
@@ -86,11 +88,35 @@ def wrap_grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
             if req_id in trees:
                 grammar = requests[req_id].structured_output_request.grammar
                 nodes = list(zip(tokens, trees[req_id], strict=False))
-                walk(grammar, req_id, nodes, self._grammar_bitmask[row + 1 :])
+                rows = self._grammar_bitmask[row : row + len(nodes) + 1]
+                if isinstance(grammar, XgrammarGrammar):
+                    traverse(grammar, nodes, rows)
+                else:
+                    walk(grammar, req_id, nodes, rows[1:])
             row += most if is_even else len(tokens) + 1
         return bitmask  # a view of what was filled
 
     return grammar_bitmask
+
+
+def traverse(
+    grammar: XgrammarGrammar,
+    nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
+    bitmask: torch.Tensor,  # [1 + num_nodes, words] int32, all tokens allowed
+) -> None:
+    """As ``walk``, by xgrammar's own traversal; of the root's row as well."""
+    if grammar.is_terminated():
+        return
+    token_ids = [0] + [token for token, _ in nodes]
+    first_child, next_sibling = [-1] * len(token_ids), [-1] * len(token_ids)
+    for node, (token, parent) in reversed([*enumerate(nodes, 1)]):
+        if token >= 0:  # a tree may be cut short, and is padded then
+            next_sibling[node] = first_child[parent + 1]
+            first_child[parent + 1] = node
+    links = torch.tensor([first_child, next_sibling, token_ids])
+    grammar.matcher.traverse_draft_tree(*links, bitmask)
+    # It leaves nothing to nodes that cannot be reached, and to those behind the end.
+    bitmask[(bitmask == 0).all(dim=1)] = -1
 
 
 def walk(
