@@ -1,6 +1,6 @@
 """make soak: a server with trees under every kind of request, each answer checked.
 
-    python tools/soak.py [--seconds 600] [--requests 190] [--concurrency 7] [--seed 0]
+    python tools/soak.py [--seconds 600] [--requests 108] [--concurrency 7] [--seed 0]
 
 Starts two servers with the bundled model on this machine, one without speculation for
 the expected answers and one with trees, and prints Markdown. Exits with 1 if an answer
@@ -69,7 +69,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="a soak of a server with trees")
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--requests", type=int, default=190, help="different ones")
+    parser.add_argument("--requests", type=int, default=108, help="different ones")
     parser.add_argument("--concurrency", type=int, default=7, help="clients at a time")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def environment() -> dict[str, str]:
     if not torch.cuda.is_available():
         env |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
         env |= {"VLLM_CPU_CI_ENV": "1"}  # no warm-up
+        # Bound, every server's worker would sit on the same first core.
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return env
 
 
@@ -97,12 +100,21 @@ def launched(
             env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         yield Server(port, process, log)
     finally:
-        process.terminate()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
         process.wait(60)
+    except subprocess.TimeoutExpired:  # while it starts, it may not listen
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from vllm_treespec.testing.servers import Scrape, Server
 from vllm_treespec.testing.soak import Record, Tally
 
 WARM_UP = 0.4  # of the time; memory is not judged before
+# Each kind of request costs memory when it comes first, so short soaks see growth.
+MIN_SECONDS_TO_JUDGE = 300.0
 MAX_GROWTH_MB_PER_MIN = 6.0
 
 
@@ -76,8 +78,10 @@ def problems(record: Record, metrics: Scrape, cached_tokens: int) -> Iterator[st
             yield f"nothing was tried: {name} is 0"
     if metrics("treespec_fallbacks_total") > 0:
         yield f"{metrics('treespec_fallbacks_total'):.0f} requests lost their trees"
-    if num_floods(record, cached_tokens) < 2:
-        yield f"the suffix cache of {cached_tokens} tokens was not filled twice"
+    if num_floods(record, cached_tokens) < 1:
+        yield f"the suffix cache of {cached_tokens} tokens was not filled"
+    if record.seconds < MIN_SECONDS_TO_JUDGE:
+        return
     slope, error = growth(record.memory_mb)
     if slope - 3 * error > MAX_GROWTH_MB_PER_MIN:
         yield f"memory grew by {slope:.1f} +- {error:.1f} MB/min"
