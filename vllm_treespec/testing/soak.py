@@ -6,11 +6,12 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import openai
 
 from vllm_treespec.testing.servers import MODEL_NAME, Server
@@ -70,7 +71,9 @@ async def ask(client: openai.AsyncOpenAI, request: Request) -> Answer:
     return answer
 
 
-async def stream(client: openai.AsyncOpenAI, request: Request) -> AsyncIterator[Answer]:
+async def stream(
+    client: openai.AsyncOpenAI, request: Request
+) -> AsyncGenerator[Answer, None]:
     """The answer as it grows. Whoever stops listening disconnects."""
     create: Any = (
         client.chat.completions.create if request.is_chat else client.completions.create
@@ -85,9 +88,13 @@ async def stream(client: openai.AsyncOpenAI, request: Request) -> AsyncIterator[
 
 def _body(request: Request) -> dict[str, Any]:
     """vLLM's own options are unknown to the client, so all of them go around it."""
-    body = request.body
-    words = {key: body.pop(key) for key in ("prompt", "messages") if key in body}
-    return {"model": MODEL_NAME, **words, "extra_body": body}
+    content = "messages" if request.is_chat else "prompt"
+    options = request.body
+    return {
+        "model": MODEL_NAME,
+        content: options.pop(content),
+        "extra_body": options,
+    }
 
 
 async def references(
@@ -158,7 +165,7 @@ class Soak:
                     await self._leave_early(client, request, rng)
                 else:
                     await self._wait_for_all(client, request, rng)
-            except openai.APIError as error:
+            except (openai.APIError, httpx.HTTPError) as error:
                 tally.lost.append(f"{request}: {error!r}")
 
     async def _wait_for_all(
@@ -168,8 +175,10 @@ class Soak:
         if rng.random() < 0.5:
             answer = await ask(client, request)
         else:
+            answer = Answer()
             async with aclosing(stream(client, request)) as parts:
-                answer = [part async for part in parts][-1]
+                async for part in parts:
+                    answer = part
         tally.latencies_s.append(time.monotonic() - start)
         self.record.num_prompt_tokens += answer.num_prompt_tokens
         self.record.num_tokens += answer.num_tokens
