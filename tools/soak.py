@@ -3,8 +3,9 @@
     python tools/soak.py [--seconds 600] [--requests 108] [--concurrency 7] [--seed 0]
 
 Starts two servers with the bundled model on this machine, one without speculation for
-the expected answers and one with trees, and prints Markdown. Exits with 1 if an answer
-was wrong or lost, if something stayed behind, or if what should have been tried was not.
+the expected answers and one with trees, and prints Markdown; their logs are in
+build/soak. Exits with 1 if an answer was wrong or lost, if something stayed behind, or
+if what should have been tried was not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 from pathlib import Path
 
 from vllm_treespec.testing.servers import Scrape, launched, serving
@@ -20,7 +20,8 @@ from vllm_treespec.testing.soak import Soak, references
 from vllm_treespec.testing.soak_report import print_report, problems, wait_until_idle
 from vllm_treespec.testing.soak_requests import make_requests
 
-MODELS = Path(__file__).parents[1] / "models/python-stdlib"
+ROOT = Path(__file__).parents[1]
+MODELS, LOGS = ROOT / "models/python-stdlib", ROOT / "build/soak"
 CACHED_TOKENS = 1024
 TREE = {
     "method": "treespec",
@@ -49,17 +50,17 @@ CRAMPED = (
 def main() -> int:
     options = _parse()
     requests = make_requests(options.requests, options.seed)
-    with tempfile.TemporaryDirectory() as logs:
-        target, log = MODELS / "target", Path(logs, "trees.log")
-        with launched(target, TREE, log, *CRAMPED) as server:
-            with serving(target, None, Path(logs, "plain.log")) as plain:
-                answers = asyncio.run(references(plain, requests))
-            server.wait_until_ready()
-            soak = Soak(server, requests, answers, options.seed)
-            record = asyncio.run(soak.run(options.seconds, options.concurrency))
-            server.wait_until_ready()  # shows the log of one that did not survive
-            left_behind = wait_until_idle(server)
-            metrics = Scrape(server)
+    target = MODELS / "target"
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with launched(target, TREE, LOGS / "trees.log", *CRAMPED) as server:
+        with serving(target, None, LOGS / "plain.log") as plain:
+            answers = asyncio.run(references(plain, requests))
+        server.wait_until_ready()
+        soak = Soak(server, requests, answers, options.seed)
+        record = asyncio.run(soak.run(options.seconds, options.concurrency))
+        server.wait_until_ready()  # shows the log of one that did not survive
+        left_behind = wait_until_idle(server)
+        metrics = Scrape(server)
     print_report(record, metrics, CACHED_TOKENS)
     found = [*problems(record, metrics, CACHED_TOKENS), *filter(None, [left_behind])]
     print("\n" + "\n".join(found or ["Nothing was wrong."]))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_treespec.testing.soak_report import growth
+from vllm_treespec.testing.soak import Record
+from vllm_treespec.testing.soak_report import growth, problems
 from vllm_treespec.testing.soak_requests import (
     KINDS,
     Answer,
@@ -104,3 +105,44 @@ def test_growth_ignores_the_warm_up():
     slope, error = growth(warm_up + steady)
     assert slope == pytest.approx(1.0)
     assert error == pytest.approx(0.0, abs=1e-6)
+
+
+SERIES = {
+    "num_preemptions_total": 2.0,
+    "spec_decode_num_accepted_tokens_total": 9.0,
+    "treespec_fallbacks_total": 0.0,
+}
+
+
+def quiet_record() -> Record:
+    seconds = [float(second) for second in range(601)]
+    return Record(
+        num_prompt_tokens=900,
+        num_tokens=200,
+        seconds=600.0,
+        memory_mb=[(second, 500.0) for second in seconds],
+    )
+
+
+def test_a_soak_in_which_nothing_was_wrong_has_no_problems():
+    assert not list(problems(quiet_record(), SERIES.__getitem__, 1024))
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_a_soak_that_did_not_try_is_a_problem(series: str):
+    counts = {**SERIES, series: float(not SERIES[series])}
+    assert len(list(problems(quiet_record(), counts.__getitem__, 1024))) == 1
+
+
+def test_a_cache_that_was_not_filled_is_a_problem():
+    assert len(list(problems(quiet_record(), SERIES.__getitem__, 2048))) == 1
+
+
+def test_wrong_and_lost_answers_and_growth_are_problems():
+    record = quiet_record()
+    record.tallies["greedy"].wrong.append("a")
+    record.tallies["seeded"].lost.append("b")
+    record.memory_mb = [(second, mb + second) for second, mb in record.memory_mb]
+    found = list(problems(record, SERIES.__getitem__, 1024))
+    assert found[:2] == ["wrong: a", "lost: b"]
+    assert found[2].startswith("memory grew by 60.0 +- 0.0 MB/min")

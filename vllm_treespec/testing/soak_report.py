@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +68,9 @@ def wait_until_idle(server: Server) -> str | None:
     return f"an idle server still has {held}"
 
 
-def problems(record: Record, metrics: Scrape, cached_tokens: int) -> Iterator[str]:
+def problems(
+    record: Record, metrics: Callable[[str], float], cached_tokens: int
+) -> Iterator[str]:
     """Everything that was wrong, and everything that the soak failed to provoke."""
     for tally in record.tallies.values():
         yield from (f"wrong: {each}" for each in tally.wrong)
