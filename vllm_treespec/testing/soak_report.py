@@ -12,7 +12,7 @@ from vllm_treespec.testing.bench import print_table
 from vllm_treespec.testing.servers import Scrape, Server
 from vllm_treespec.testing.soak import Record, Tally
 
-WARM_UP = 0.4  # of the time; memory is not judged before
+WARM_UP = 0.5  # of the time; memory is not judged before
 # Each kind of request costs memory when it comes first, so short soaks see growth.
 MIN_SECONDS_TO_JUDGE = 300.0
 MAX_GROWTH_MB_PER_MIN = 6.0
