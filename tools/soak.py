@@ -57,7 +57,9 @@ def main() -> int:
             answers = asyncio.run(references(plain, requests))
         server.wait_until_ready()
         soak = Soak(server, requests, answers, options.seed)
-        record = asyncio.run(soak.run(options.seconds, options.concurrency))
+        record = asyncio.run(
+            soak.run(options.seconds, 2 * CACHED_TOKENS, options.concurrency)
+        )
         server.wait_until_ready()  # shows the log of one that did not survive
         left_behind = wait_until_idle(server)
         metrics = Scrape(server)

@@ -117,7 +117,7 @@ SERIES = {
 def quiet_record() -> Record:
     seconds = [float(second) for second in range(601)]
     return Record(
-        num_prompt_tokens=900,
+        num_prompt_tokens=1900,
         num_tokens=200,
         seconds=600.0,
         memory_mb=[(second, 500.0) for second in seconds],

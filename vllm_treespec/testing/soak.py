@@ -53,6 +53,11 @@ class Record:
     seconds: float = 0.0
     memory_mb: list[tuple[float, float]] = field(default_factory=list)  # [s, MB]
 
+    @property
+    def num_tokens_in_all(self) -> int:
+        """Those of prompts, too: what a suffix cache learns."""
+        return self.num_prompt_tokens + self.num_tokens
+
 
 def connect(server: Server) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
@@ -130,9 +135,12 @@ class Soak:
         self._answers = answers
         self._seed = seed
         self._deadline = 0.0
+        self._num_tokens = 0
         self.record = Record()
 
-    async def run(self, seconds: float, concurrency: int) -> Record:
+    async def run(self, seconds: float, num_tokens: int, concurrency: int) -> Record:
+        """Ask for that long, on a slow machine until ``num_tokens`` went through."""
+        self._num_tokens = num_tokens
         start = time.monotonic()
         self._deadline = start + seconds
         watch = asyncio.create_task(self._watch_memory(start))
@@ -154,8 +162,7 @@ class Soak:
 
     async def _keep_asking(self, client: openai.AsyncOpenAI, number: int) -> None:
         rng = random.Random(f"{self._seed} {number}")
-        process = self._server.process
-        while time.monotonic() < self._deadline and process.poll() is None:
+        while not self._is_over():
             floods = rng.random() < FLOOD_RATE
             request = flood(rng) if floods else rng.choice(self._requests)
             tally = self.record.tallies[request.kind]
@@ -167,6 +174,12 @@ class Soak:
                     await self._wait_for_all(client, request, rng)
             except (openai.APIError, httpx.HTTPError) as error:
                 tally.lost.append(f"{request}: {error!r}")
+
+    def _is_over(self) -> bool:
+        if self._server.process.poll() is not None:
+            return True
+        is_filled = self.record.num_tokens_in_all >= self._num_tokens
+        return is_filled and time.monotonic() >= self._deadline
 
     async def _wait_for_all(
         self, client: openai.AsyncOpenAI, request: Request, rng: random.Random

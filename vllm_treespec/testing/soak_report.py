@@ -80,18 +80,13 @@ def problems(
             yield f"nothing was tried: {name} is 0"
     if metrics("treespec_fallbacks_total") > 0:
         yield f"{metrics('treespec_fallbacks_total'):.0f} requests lost their trees"
-    if num_floods(record, cached_tokens) < 1:
-        yield f"the suffix cache of {cached_tokens} tokens was not filled"
+    if record.num_tokens_in_all < 2 * cached_tokens:
+        yield f"the suffix cache of {cached_tokens} tokens was not filled twice"
     if record.seconds < MIN_SECONDS_TO_JUDGE:
         return
     slope, error = growth(record.memory_mb)
     if slope - 3 * error > MAX_GROWTH_MB_PER_MIN:
         yield f"memory grew by {slope:.1f} +- {error:.1f} MB/min"
-
-
-def num_floods(record: Record, cached_tokens: int) -> float:
-    """How often the suffix cache's worth of tokens went through it."""
-    return (record.num_prompt_tokens + record.num_tokens) / cached_tokens
 
 
 def print_report(record: Record, metrics: Scrape, cached_tokens: int) -> None:
@@ -133,7 +128,9 @@ def _facts(record: Record, metrics: Scrape, cached_tokens: int) -> Iterator[Fact
     yield Fact("trees verified", f"{trees:.0f}")
     yield Fact("mean acceptance length", f"{1 + accepted / trees:.2f}")
     yield Fact("preemptions", f"{metrics('num_preemptions_total'):.0f}")
-    turnover = f"{num_floods(record, cached_tokens):.0f} x {cached_tokens} tokens"
+    turnover = (
+        f"{record.num_tokens_in_all / cached_tokens:.1f} x {cached_tokens} tokens"
+    )
     yield Fact("through the suffix cache", turnover)
     steps = np.linspace(0, len(record.memory_mb) - 1, 6).astype(int)
     over_time = [f"{record.memory_mb[step][1]:.0f}" for step in steps]
