@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NEXT_TESTS ?= tests/integration tests/engine
 
-.PHONY: demo test statistics test-next check types format bench clean
+.PHONY: demo test statistics soak test-next check types format bench clean
 
 demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
 
 statistics: $(VENV)/installed  ## sampled output against the target's distribution
 	$(BIN)/python -m pytest -n auto -rP -m statistics tests/engine/test_statistics.py
+
+soak: $(VENV)/installed  ## ten minutes of a server with trees under every kind of request
+	$(BIN)/python tools/soak.py
 
 test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
 	$(BIN)/python tools/vllm_next.py build/vllm-next

@@ -22,8 +22,9 @@ import openai
 import pytest
 import yaml
 
-from tests.engine.servers import PROMPT, TREE, connect, free_port, serving
+from tests.engine.servers import PROMPT, TARGET, TREE, connect
 from vllm_treespec.integration.metrics import SERIES
+from vllm_treespec.testing.servers import free_port, serving
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "docs/grafana/alerts.yml"
@@ -80,9 +81,9 @@ def test_alerts_fire_on_their_trouble_and_on_nothing_else():
 def test_every_query_has_data_of_a_real_server(tmp_path: Path):
     install_prometheus()
     with (
-        serving(TREE, tmp_path / "server.log") as port,
-        watching(port, tmp_path) as view,
-        connect(port) as client,
+        serving(TARGET, TREE, tmp_path / "server.log") as server,
+        watching(server.port, tmp_path) as view,
+        connect(server) as client,
     ):
         deadline = time.monotonic() + 60
         while True:

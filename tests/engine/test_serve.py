@@ -9,13 +9,12 @@ from urllib.request import Request, urlopen
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engine.servers import (
-    PROMPT,
-    TREE,
+from tests.engine.servers import PROMPT, TARGET, TREE, connect
+from vllm_treespec.testing.servers import (
+    Scrape,
+    Server,
     command,
-    connect,
     environment,
     free_port,
     serving,
@@ -51,19 +50,21 @@ def ask_everything(client: openai.OpenAI) -> dict[str, Any]:
 
 
 def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
-    with serving(None, tmp_path / "plain.log") as port, connect(port) as client:
+    log = tmp_path / "plain.log"
+    with serving(TARGET, None, log) as server, connect(server) as client:
         plain = ask_everything(client)
     log = tmp_path / "tree.log"
-    with serving(TREE, log, num_api_servers=2) as port, connect(port) as client:
+    two = ("--api-server-count", "2")
+    with serving(TARGET, TREE, log, *two) as server, connect(server) as client:
         trees = ask_everything(client)
-        metrics = Scrape(port)
+        metrics = Scrape(server)
         obey_a_choice(client)
         refuse_what_cannot_be_had(client)
         without = complete(client, treespec_max_nodes=0)
-        later = Scrape(port)
-        forget(port)
+        later = Scrape(server)
+        forget(server)
         assert complete(client, treespec_proposers=["suffix"]) == without
-        cleared = Scrape(port)
+        cleared = Scrape(server)
     assert trees == plain
     assert without == plain["completion"]
     reason = "treespec_steps_without_drafts_total"
@@ -103,8 +104,8 @@ def refuse_what_cannot_be_had(client: openai.OpenAI) -> None:
         complete(client, treespec_proposers=["sufix"])
 
 
-def forget(port: int) -> None:
-    request = Request(f"http://127.0.0.1:{port}/treespec/clear", method="POST")
+def forget(server: Server) -> None:
+    request = Request(f"{server.url}/treespec/clear", method="POST")
     with urlopen(request) as response:
         assert response.status == 200
 
@@ -117,31 +118,6 @@ def obey_a_choice(client: openai.OpenAI) -> None:
         extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
     )
     assert answer.choices[0].text in ("yes", "no")
-
-
-class Scrape:
-    """What ``/metrics`` says, asked by name and, if need be, labels."""
-
-    def __init__(self, port: int) -> None:
-        with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-            text = response.read().decode()
-        self._samples = [
-            sample
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        ]
-
-    def __call__(self, name: str, **labels: str) -> float:
-        found = [
-            sample
-            for sample in self._samples
-            if sample.name == f"vllm:{name}" and labels.items() <= sample.labels.items()
-        ]
-        assert found, f"no series {name} {labels}"
-        for sample in found:
-            assert sample.labels["model_name"] == "tiny"
-            assert sample.labels["engine"] == "0"
-        return float(sum(sample.value for sample in found))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +137,7 @@ def test_a_wrong_flag_ends_the_server_with_one_clear_error(
     speculative: dict[str, Any], message: str
 ):
     result = subprocess.run(
-        command(speculative, free_port()),
+        command(TARGET, speculative, free_port()),
         env=environment(),
         capture_output=True,
         text=True,
