@@ -8,24 +8,23 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
+from tests.engine.servers import DRAFT, TARGET, connect
 from vllm_treespec.testing.servers import VLLM, Scrape, Server, environment, serving
 
-MODELS = Path(__file__).parents[2] / "models/python-stdlib"
 NUM_NODES, DEPTH = 8, 3
 NUM_PROMPTS, NUM_TOKENS = 4, 16
-DRAFT = {
+PROPOSER = {
     "type": "draft_model",
-    "model": str(MODELS / "draft"),
+    "model": str(DRAFT),
     "depth": DEPTH,
     "width": 3,
 }
 TREE = {
     "method": "treespec",
     "num_speculative_tokens": NUM_NODES,
-    "tree": {"proposers": [DRAFT], "adaptive": False},
+    "tree": {"proposers": [PROPOSER], "adaptive": False},
 }
 
 
@@ -34,7 +33,7 @@ def bench(server: Server, directory: Path) -> tuple[str, dict[str, Any]]:
     result = subprocess.run(
         [
             *(str(VLLM), "bench", "serve", "--base-url", server.url),
-            *("--model", "tiny", "--tokenizer", str(MODELS / "target")),
+            *("--model", "tiny", "--tokenizer", str(TARGET)),
             *("--dataset-name", "random", "--random-input-len", "24"),
             *("--random-output-len", str(NUM_TOKENS), "--ignore-eos"),
             *("--num-prompts", str(NUM_PROMPTS), "--temperature", "0"),
@@ -51,7 +50,7 @@ def bench(server: Server, directory: Path) -> tuple[str, dict[str, Any]]:
 
 
 def ask_once(server: Server) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+    with connect(server) as client:
         client.completions.create(model="tiny", prompt="def add(", max_tokens=8)
 
 
@@ -76,7 +75,7 @@ def printed(summary: str, what: str) -> float:
 
 
 def test_the_summary_is_what_the_server_counted(tmp_path: Path):
-    with serving(MODELS / "target", TREE, tmp_path / "server.log") as server:
+    with serving(TARGET, TREE, tmp_path / "server.log") as server:
         ask_once(server)  # so that the counters do not start at 0
         before = counts(server)
         summary, saved = bench(server, tmp_path)
