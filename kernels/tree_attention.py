@@ -1,11 +1,12 @@
 """Paged attention in which a request's last keys may be a token tree."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from vllm_treespec.kernels.attention_plan import SplitBuffers, TileSizes, tile_sizes
 
 MAX_HEAD_SIZE = 256
 WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
@@ -15,15 +16,6 @@ WORD_SHIFT = tl.constexpr(5)  # rounds down where // would round to zero
 LOG2_E = math.log2(math.e)
 # Finite, so that a row which has seen nothing yet never computes inf - inf.
 NO_SCORE = tl.constexpr(-1.0e30)
-
-
-class TileSizes(NamedTuple):
-    """What one program holds: ``BLOCK_M >= BLOCK_Q * group`` rows, BLOCK_N keys."""
-
-    block_q: int
-    block_m: int
-    block_n: int
-    head_size_padded: int
 
 
 @triton.jit
@@ -97,6 +89,9 @@ def _tree_attention_kernel(
     masks_ptr,
     masks_stride_req,
     masks_stride_node,
+    weighted_ptr,  # None: the context is not split
+    peaks_ptr,
+    totals_ptr,
     num_reqs,
     scale,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -162,12 +157,31 @@ def _tree_attention_kernel(
         first = tl.min(tl.where(live, position, seq_len), axis=0) - SLIDING_WINDOW + 1
         first = tl.maximum(first, 0)
 
+    unmasked_start = first // BLOCK_N * BLOCK_N
+    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
+    # The rest in tiles of one mask word per row, aligned to the root. The first may
+    # begin among keys already seen.
+    masked_start = tl.maximum(first, unmasked_end)
+    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
+    word_start = root - num_words * WORD_BITS
+    word_end = last
+    if weighted_ptr is not None:
+        # Every segment has an equal share of all tiles, the masked ones last.
+        num_unmasked = (unmasked_end - unmasked_start) // BLOCK_N
+        num_masked = (tl.maximum(last - word_start, 0) + WORD_BITS - 1) >> WORD_SHIFT
+        num_segments = tl.num_programs(2)
+        share = (num_unmasked + num_masked + num_segments - 1) // num_segments
+        share_start = share * tl.program_id(2)
+        share_end = tl.minimum(share_start + share, num_unmasked + num_masked)
+        unmasked_end = unmasked_start + tl.minimum(share_end, num_unmasked) * BLOCK_N
+        unmasked_start += share_start * BLOCK_N
+        word_end = word_start + (share_end - num_unmasked) * WORD_BITS
+        word_start += tl.maximum(share_start - num_unmasked, 0) * WORD_BITS
+
     peak = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
 
-    unmasked_start = first // BLOCK_N * BLOCK_N
-    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
     for start in range(unmasked_start, unmasked_end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         loaded = key >= first
@@ -186,11 +200,7 @@ def _tree_attention_kernel(
             scores = tl.where(near, scores, float("-inf"))
         peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
 
-    # The rest in tiles of one mask word per row, aligned to the root. The first may
-    # begin among keys already seen.
-    masked_start = tl.maximum(first, unmasked_end)
-    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
-    for start in range(root - num_words * WORD_BITS, last, WORD_BITS):
+    for start in range(word_start, word_end, WORD_BITS):
         bit = tl.arange(0, WORD_BITS)
         key = start + bit
         loaded = (key >= masked_start) & (key < last)
@@ -224,13 +234,68 @@ def _tree_attention_kernel(
         scores = tl.where(visible, scores, float("-inf"))
         peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
 
+    if weighted_ptr is not None:
+        num_heads = tl.num_programs(1) * GROUP
+        partial = (token * num_heads + head) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(peaks_ptr + partial, peak, mask=live)
+        tl.store(totals_ptr + partial, total, mask=live)
+        tl.store(
+            weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
+            weighted,
+            mask=in_query & (total > 0)[:, None],
+        )
+    else:
+        # A row that saw nothing gives zeros.
+        output = weighted / tl.where(total > 0, total, 1.0)[:, None]
+        output_offset = token * output_stride_token + head * output_stride_head
+        tl.store(
+            output_ptr + output_offset[:, None] + dim[None, :],
+            output.to(output_ptr.dtype.element_ty),
+            mask=in_query,
+        )
+
+
+@triton.jit(do_not_specialize=["num_reqs", "num_segments"])
+def _merge_segments_kernel(
+    weighted_ptr,
+    peaks_ptr,
+    totals_ptr,
+    output_ptr,
+    output_stride_token,
+    output_stride_head,
+    query_start_loc_ptr,
+    num_reqs,
+    num_segments,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    SEGMENTS_PADDED: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if token >= tl.load(query_start_loc_ptr + num_reqs):
+        return  # padding, whose scratch is stale
+    segment = tl.arange(0, SEGMENTS_PADDED)
+    in_segments = segment < num_segments
+    partial = (token * tl.num_programs(1) + head) * num_segments + segment
+    peaks = tl.load(peaks_ptr + partial, mask=in_segments, other=NO_SCORE)
+    totals = tl.load(totals_ptr + partial, mask=in_segments, other=0.0)
+    dim = tl.arange(0, HEAD_SIZE_PADDED)
+    in_head = dim < HEAD_SIZE
+    weighted = tl.load(
+        weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
+        # A segment without keys wrote no numerator.
+        mask=(totals > 0)[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    shrink = tl.exp2(peaks - tl.max(peaks, axis=0))
+    total = tl.sum(totals * shrink, axis=0)
     # A row that saw nothing gives zeros.
-    output = weighted / tl.where(total > 0, total, 1.0)[:, None]
-    output_offset = token * output_stride_token + head * output_stride_head
+    output = tl.sum(weighted * shrink[:, None], axis=0) / tl.where(
+        total > 0, total, 1.0
+    )
     tl.store(
-        output_ptr + output_offset[:, None] + dim[None, :],
+        output_ptr + token * output_stride_token + head * output_stride_head + dim,
         output.to(output_ptr.dtype.element_ty),
-        mask=in_query,
+        mask=in_head,
     )
 
 
@@ -250,6 +315,7 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    split: SplitBuffers | None = None,
 ) -> None:
     """Attention of every query row, where a request's last keys may be a tree.
 
@@ -261,6 +327,9 @@ def tree_attention(
     Rows may be fewer than nodes: row ``r`` of ``query_len`` is then node
     ``num_nodes - query_len + r``, and the nodes before it are in the cache already. So a
     tree may grow a few nodes at a time, each seeing what it would see in one go.
+
+    Where the rows are too few to fill the device, the keys are split among programs as
+    far as the buffers of ``split`` go, and merged afterwards.
     """
     _check_shapes(query, key_cache, value_cache, output, depths, masks)
     _check_numbers(sliding_window, soft_cap)
@@ -271,7 +340,22 @@ def tree_attention(
         return
     group = num_heads // num_kv_heads
     tiles = tile_sizes(max_query_len, group, head_size, query.element_size())
-    _tree_attention_kernel[(num_tokens // tiles.block_q + num_reqs, num_kv_heads)](
+    num_segments = 1
+    if split is not None:
+        num_segments = split.num_segments(
+            tiles,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            max_query_len=max_query_len,
+            max_num_keys=block_table.shape[1] * block_size,
+        )
+    partials = (None, None, None)
+    if num_segments > 1:
+        partials = (split.weighted, split.peaks, split.totals)
+    num_tiles = num_tokens // tiles.block_q + num_reqs
+    _tree_attention_kernel[(num_tiles, num_kv_heads, num_segments)](
         query,
         *query.stride()[:2],
         key_cache,
@@ -289,6 +373,7 @@ def tree_attention(
         depths.stride(0),
         masks,
         *masks.stride()[:2],
+        *partials,
         num_reqs,
         scale * LOG2_E,
         GROUP=group,
@@ -301,24 +386,18 @@ def tree_attention(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
     )
-
-
-def tile_sizes(
-    max_query_len: int, group: int, head_size: int, element_size: int
-) -> TileSizes:
-    """Tiles that fit the shared memory of an A100, whatever the head."""
-    head_size_padded = max(16, triton.next_power_of_2(head_size))
-    # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
-    row_bytes = head_size_padded * element_size
-    most_rows = max(16, min(64, 16384 // row_bytes))
-    rows = triton.next_power_of_2(max_query_len * group)
-    block_m = max(16, triton.next_power_of_2(group), min(most_rows, rows))
-    return TileSizes(
-        block_q=block_m // group,
-        block_m=block_m,
-        block_n=most_rows,
-        head_size_padded=head_size_padded,
-    )
+    if num_segments > 1:
+        _merge_segments_kernel[(num_tokens, num_heads)](
+            *partials,
+            output,
+            *output.stride()[:2],
+            query_start_loc,
+            num_reqs,
+            num_segments,
+            HEAD_SIZE=head_size,
+            HEAD_SIZE_PADDED=tiles.head_size_padded,
+            SEGMENTS_PADDED=triton.next_power_of_2(num_segments),
+        )
 
 
 def _check_shapes(

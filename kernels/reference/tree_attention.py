@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_treespec.kernels.attention_plan import SplitBuffers
+
 WORD_BITS = 32
 
 
@@ -21,6 +23,7 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    split: SplitBuffers | None = None,
 ) -> None:
     starts = query_start_loc.tolist()
     trees = num_nodes.tolist()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import triton.language as tl
 
+from vllm_treespec.kernels.attention_plan import tile_sizes
 from vllm_treespec.kernels.compact_kv import chunk_size
-from vllm_treespec.kernels.tree_attention import tile_sizes
 
 # A string is a run-time type, anything else the value of a constexpr.
 Arguments = dict[str, Any]
@@ -51,6 +51,9 @@ def tree_attention(dtype: str, group: int, head_size: int, **changes: Any) -> Ar
         "masks_ptr": "*i32",
         "masks_stride_req": "i32",
         "masks_stride_node": "i32",
+        "weighted_ptr": None,
+        "peaks_ptr": None,
+        "totals_ptr": None,
         "num_reqs": "i32",
         "scale": "fp32",
         "GROUP": group,
@@ -63,6 +66,23 @@ def tree_attention(dtype: str, group: int, head_size: int, **changes: Any) -> Ar
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     } | changes
+
+
+SPLIT = {"weighted_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+
+
+def merge_segments(dtype: str, head_size: int, segments: int) -> Arguments:
+    return SPLIT | {
+        "output_ptr": f"*{dtype}",
+        "output_stride_token": "i32",
+        "output_stride_head": "i32",
+        "query_start_loc_ptr": "*i32",
+        "num_reqs": "i32",
+        "num_segments": "i32",
+        "HEAD_SIZE": head_size,
+        "HEAD_SIZE_PADDED": head_size,
+        "SEGMENTS_PADDED": segments,
+    }
 
 
 def compact_kv(word: tl.dtype, row_words: int) -> Arguments:
@@ -342,6 +362,14 @@ SIGNATURES: dict[str, Arguments] = {
         key_stride_block="i64",
         value_stride_block="i64",
     ),
+    "tree_attention:_tree_attention_kernel bf16 split": tree_attention(
+        "bf16", 4, 128, **SPLIT
+    ),
+    "tree_attention:_tree_attention_kernel fp16 wide window soft-cap split": (
+        tree_attention("fp16", 2, 256, SLIDING_WINDOW=4096, SOFT_CAP=72.1, **SPLIT)
+    ),
+    "tree_attention:_merge_segments_kernel": merge_segments("bf16", 128, 16),
+    "tree_attention:_merge_segments_kernel most": merge_segments("fp16", 256, 64),
     "ancestor_mask:_ancestor_mask_kernel 1025 nodes": ancestor_mask(64),
     "ancestor_mask:_ancestor_mask_kernel long slots": ancestor_mask(2, slots="*i64"),
     "gather_trees:_gather_positions_kernel": gather_positions(64),

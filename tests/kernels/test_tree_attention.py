@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from vllm_treespec.kernels.attention_plan import MIN_SEGMENT_KEYS, SplitBuffers
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.trees import chain_parents, random_parents
@@ -204,6 +205,24 @@ def grow(
         now = Batch(batch.requests, step, batch.keys, batch.values)
         output[rows] = now.run(attention, **options)
     return output
+
+
+def split_among(batch: Batch, num_segments: int) -> SplitBuffers:
+    """Scratch that cuts this batch into as many segments, whatever its contexts."""
+    table = batch.arguments["block_table"]
+    block_size = batch.arguments["key_cache"].shape[2]
+    width = -(-num_segments * MIN_SEGMENT_KEYS // block_size)
+    wide = table[:, -1:].repeat(1, max(width, table.shape[1]))
+    wide[:, : table.shape[1]] = table
+    batch.arguments["block_table"] = wide
+    num_tokens, num_heads, _ = batch.arguments["query"].shape
+    num_rows = num_tokens * num_heads * num_segments
+    return SplitBuffers(
+        num_programs=1 << 20,
+        weighted=torch.empty(num_rows * 256, device=table.device),
+        peaks=torch.empty(num_rows, device=table.device),
+        totals=torch.empty(num_rows, device=table.device),
+    )
 
 
 def naive(batch: Batch, sliding_window: int, soft_cap: float) -> torch.Tensor:
@@ -415,6 +434,68 @@ def test_max_query_len_only_sizes_the_tiles(device: torch.device):
     for max_query_len in (1, 4, 16, 1000):
         output = batch.run(tree_attention, max_query_len=max_query_len)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_segments", [2, 7])
+@pytest.mark.parametrize("sliding_window", [None, 40, 1])
+def test_segments_add_up(
+    num_segments: int, sliding_window: int | None, device: torch.device
+):
+    batch = make_batch(
+        [*MIXED, Request(200, 0, tree(50))],
+        device,
+        num_kv_heads=1,
+        group=3,
+        head_size=48,
+        sliding_window=sliding_window or 1 << 20,
+        num_padding=5,
+    )
+    split = split_among(batch, num_segments)
+    batch.check(sliding_window=sliding_window, split=split, soft_cap=0.3)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("num_context", [0, 1, 64, 130])
+def test_segments_of_every_tree(num_nodes: int, num_context: int, device: torch.device):
+    request = Request(num_context, 0, tree(num_nodes))
+    batch = make_batch([request], device, num_kv_heads=1, group=1, block_size=64)
+    batch.check(split=split_among(batch, 3))
+
+
+def test_one_segment_per_tile_and_more(device: torch.device):
+    # 4 tiles before the root and one of the tree; most segments see no key at all.
+    batch = make_batch([Request(256, 0, SMALL_TREE)], device, num_kv_heads=1)
+    batch.check(split=split_among(batch, 5))
+    batch.check(split=split_among(batch, 20))
+
+
+def test_a_segment_of_which_a_row_sees_nothing(device: torch.device):
+    # Of the tree's words some rows see one only; with a window most rows lose others.
+    star = [-1, *[0] * 99]
+    batch = make_batch(
+        [Request(130, 0, star)], device, num_kv_heads=1, group=1, sliding_window=20
+    )
+    batch.check(sliding_window=20, split=split_among(batch, 4))
+    batch.check(sliding_window=2, split=split_among(batch, 4))
+
+
+def test_a_row_that_sees_nothing_in_any_segment_gives_zeros(device: torch.device):
+    batch = make_batch([Request(30, 0, chain(3))], device, sliding_window=1)
+    batch.arguments["masks"][0, 1] = 0
+    split = split_among(batch, 4)
+    output = batch.run(tree_attention, sliding_window=1, split=split)
+    assert (output[1] == 0).all()
+    assert output.isfinite().all()
+
+
+def test_padding_stays_untouched_when_split(device: torch.device):
+    batch = make_batch(MIXED, device, num_kv_heads=1, num_padding=40)
+    split = split_among(batch, 3)
+    for tensor in (split.weighted, split.peaks, split.totals):
+        tensor.fill_(1.0)  # as a larger batch leaves it
+    output = batch.run(tree_attention, split=split)
+    assert (output[-40:] == UNTOUCHED).all()
+    batch.check(split=split)
 
 
 SMALL_TREES = [

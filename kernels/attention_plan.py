@@ -1,0 +1,104 @@
+"""How a launch of tree attention is cut: tiles, and segments of the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Programs that run at once on each multiprocessor, with the tiles of `tile_sizes`.
+PROGRAMS_PER_SM = 2
+# Floats of scratch for each of those programs: 64 rows of a head of 128.
+FLOATS_PER_PROGRAM = 64 * 128
+MIN_HEAD_SIZE = 16  # a narrower head is padded: tl.dot needs as much
+MIN_SEGMENT_KEYS = 128
+MAX_SEGMENTS = 64
+
+
+class TileSizes(NamedTuple):
+    """What one program holds: ``BLOCK_M >= BLOCK_Q * group`` rows, BLOCK_N keys."""
+
+    block_q: int
+    block_m: int
+    block_n: int
+    head_size_padded: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBuffers:
+    """Scratch for contexts that are cut into segments, at addresses that CUDA graphs
+    can keep. One serves all layers: they run one after the other.
+
+    A row is one query head of one token in one segment. Peaks and totals are in base 2:
+    the segment's softmax denominator is ``total * 2 ** peak``.
+    """
+
+    num_programs: int  # that fill the device
+    weighted: torch.Tensor  # [max_num_floats] f32, softmax numerators of all rows
+    peaks: torch.Tensor  # [max_num_rows] f32
+    totals: torch.Tensor  # [max_num_rows] f32, 0: nothing seen, the numerator is stale
+
+    @classmethod
+    def allocate(cls, device: torch.device) -> SplitBuffers:
+        """64 KiB for every multiprocessor and its peaks and totals: 9.3 MiB on an H200."""
+        num_sms = 4  # no chip to fill, but the same code
+        if device.type == "cuda":
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        num_programs = PROGRAMS_PER_SM * num_sms
+        num_floats = num_programs * FLOATS_PER_PROGRAM
+
+        def empty(size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.float32, device=device)
+
+        num_rows = num_floats // MIN_HEAD_SIZE
+        return cls(num_programs, empty(num_floats), empty(num_rows), empty(num_rows))
+
+    def num_segments(
+        self,
+        tiles: TileSizes,
+        *,
+        num_tokens: int,
+        num_reqs: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_query_len: int,
+        max_num_keys: int,
+    ) -> int:
+        """Segments that fill the device, as far as the scratch goes; 1: do not split.
+
+        Only of numbers that a CUDA graph is captured for: contexts may grow in it.
+        """
+        tiles_per_req = -(-max_query_len // tiles.block_q)
+        num_tiles = min(
+            num_reqs * tiles_per_req, num_tokens // tiles.block_q + num_reqs
+        )
+        num_floats = num_tokens * num_heads * tiles.head_size_padded
+        return max(
+            1,
+            min(
+                self.num_programs // (num_tiles * num_kv_heads),
+                self.weighted.numel() // num_floats,
+                max_num_keys // MIN_SEGMENT_KEYS,
+                MAX_SEGMENTS,
+            ),
+        )
+
+
+def tile_sizes(
+    max_query_len: int, group: int, head_size: int, element_size: int
+) -> TileSizes:
+    """Tiles that fit the shared memory of an A100, whatever the head."""
+    head_size_padded = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
+    # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
+    row_bytes = head_size_padded * element_size
+    most_rows = max(16, min(64, 16384 // row_bytes))
+    rows = triton.next_power_of_2(max_query_len * group)
+    block_m = max(16, triton.next_power_of_2(group), min(most_rows, rows))
+    return TileSizes(
+        block_q=block_m // group,
+        block_m=block_m,
+        block_n=most_rows,
+        head_size_padded=head_size_padded,
+    )
