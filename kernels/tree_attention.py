@@ -13,7 +13,7 @@ WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
 WORD_SHIFT = tl.constexpr(5)  # rounds down where // would round to zero
 
 # Scores are in base 2: exp2 is the hardware's exponential.
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 # Finite, so that a row which has seen nothing yet never computes inf - inf.
 NO_SCORE = tl.constexpr(-1.0e30)
 
@@ -33,9 +33,11 @@ def _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(cache_ptrs, block, slot, stride_block, stride_slot, in_tile):
+def _load_tile(
+    cache_ptrs, block, slot, stride_block, stride_slot, in_tile, DTYPE: tl.constexpr
+):
     row = block * stride_block + slot * stride_slot
-    return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0)
+    return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -62,6 +64,23 @@ def _online_softmax(scores, values, peak, total, weighted):
     return new_peak, total, weighted
 
 
+@triton.jit
+def _add_sink(sinks_ptr, head, peak, total):
+    """A sink is a key without a value. Returns what the numerator is to shrink by, too."""
+    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    new_peak = tl.maximum(peak, sink)
+    shrink = tl.exp2(peak - new_peak)
+    return new_peak, total * shrink + tl.exp2(sink - new_peak), shrink
+
+
+@triton.jit
+def _log_sum(peak, total):
+    """In base e, and minus infinity where nothing was seen."""
+    seen = total > 0
+    log_sum = peak + tl.log2(tl.where(seen, total, 1.0))
+    return tl.where(seen, log_sum / LOG2_E, float("-inf"))
+
+
 # More than 20 arguments only by strides: query, caches and output are all views.
 @triton.jit(do_not_specialize=["num_reqs"])
 def _tree_attention_kernel(
@@ -79,6 +98,11 @@ def _tree_attention_kernel(
     output_ptr,
     output_stride_token,
     output_stride_head,
+    log_sums_ptr,  # None: not asked for
+    log_sums_stride,
+    sinks_ptr,  # None: the layer has none
+    key_scale_ptr,  # None: the caches are not quantized
+    value_scale_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
     block_table_ptr,
@@ -114,6 +138,8 @@ def _tree_attention_kernel(
     if first_query >= query_len:
         return
 
+    if key_scale_ptr is not None:
+        scale *= tl.load(key_scale_ptr)
     kv_head = tl.program_id(1).to(tl.int64)
     req = req.to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + req)
@@ -189,10 +215,22 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
+            key_ptrs,
+            block,
+            key_slot,
+            key_stride_block,
+            key_stride_slot,
+            in_tile,
+            query.dtype,
         )
         values = _load_tile(
-            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
+            value_ptrs,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            in_tile,
+            query.dtype,
         )
         scores = _scores(query, keys, scale, SOFT_CAP)
         if SLIDING_WINDOW > 0:
@@ -208,10 +246,22 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
+            key_ptrs,
+            block,
+            key_slot,
+            key_stride_block,
+            key_stride_slot,
+            in_tile,
+            query.dtype,
         )
         values = _load_tile(
-            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
+            value_ptrs,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            in_tile,
+            query.dtype,
         )
         # No row has a mask word before the root: all of those keys are seen.
         masked_above = tl.where(start < root, seq_len, root)
@@ -234,6 +284,8 @@ def _tree_attention_kernel(
         scores = tl.where(visible, scores, float("-inf"))
         peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
 
+    if value_scale_ptr is not None:
+        weighted *= tl.load(value_scale_ptr)
     if weighted_ptr is not None:
         num_heads = tl.num_programs(1) * GROUP
         partial = (token * num_heads + head) * tl.num_programs(2) + tl.program_id(2)
@@ -245,6 +297,12 @@ def _tree_attention_kernel(
             mask=in_query & (total > 0)[:, None],
         )
     else:
+        if sinks_ptr is not None:
+            peak, total, shrink = _add_sink(sinks_ptr, head, peak, total)
+            weighted *= shrink[:, None]
+        if log_sums_ptr is not None:
+            log_sums_offset = token * log_sums_stride + head
+            tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total), mask=live)
         # A row that saw nothing gives zeros.
         output = weighted / tl.where(total > 0, total, 1.0)[:, None]
         output_offset = token * output_stride_token + head * output_stride_head
@@ -263,6 +321,9 @@ def _merge_segments_kernel(
     output_ptr,
     output_stride_token,
     output_stride_head,
+    log_sums_ptr,
+    log_sums_stride,
+    sinks_ptr,
     query_start_loc_ptr,
     num_reqs,
     num_segments,
@@ -286,12 +347,17 @@ def _merge_segments_kernel(
         mask=(totals > 0)[:, None] & in_head[None, :],
         other=0.0,
     )
-    shrink = tl.exp2(peaks - tl.max(peaks, axis=0))
+    peak = tl.max(peaks, axis=0)
+    shrink = tl.exp2(peaks - peak)
     total = tl.sum(totals * shrink, axis=0)
+    output = tl.sum(weighted * shrink[:, None], axis=0)
+    if sinks_ptr is not None:
+        peak, total, shrink_all = _add_sink(sinks_ptr, head, peak, total)
+        output *= shrink_all
+    if log_sums_ptr is not None:
+        tl.store(log_sums_ptr + token * log_sums_stride + head, _log_sum(peak, total))
     # A row that saw nothing gives zeros.
-    output = tl.sum(weighted * shrink[:, None], axis=0) / tl.where(
-        total > 0, total, 1.0
-    )
+    output /= tl.where(total > 0, total, 1.0)
     tl.store(
         output_ptr + token * output_stride_token + head * output_stride_head + dim,
         output.to(output_ptr.dtype.element_ty),
@@ -315,7 +381,12 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: torch.Tensor | None = None,  # [num_heads], logits of keys without values
+    key_scale: torch.Tensor | None = None,  # [1] or [] f32; None: not quantized
+    value_scale: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32, written
     split: SplitBuffers | None = None,
+    tiles: TileSizes | None = None,  # else those of the table
 ) -> None:
     """Attention of every query row, where a request's last keys may be a tree.
 
@@ -328,10 +399,16 @@ def tree_attention(
     ``num_nodes - query_len + r``, and the nodes before it are in the cache already. So a
     tree may grow a few nodes at a time, each seeing what it would see in one go.
 
+    Quantized caches hold keys and values divided by their scales. ``log_sums`` gets the
+    logarithm of each row's softmax denominator, sink included, by which outputs over
+    different keys are merged.
+
     Where the rows are too few to fill the device, the keys are split among programs as
     far as the buffers of ``split`` go, and merged afterwards.
     """
     _check_shapes(query, key_cache, value_cache, output, depths, masks)
+    _check_scales(key_cache.dtype, value_cache.dtype, key_scale, value_scale)
+    _check_heads(query, sinks, log_sums)
     _check_numbers(sliding_window, soft_cap)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -339,8 +416,11 @@ def tree_attention(
     if num_tokens == 0 or num_reqs == 0:
         return
     group = num_heads // num_kv_heads
-    tiles = tile_sizes(max_query_len, group, head_size, query.element_size())
+    tiles = tiles or tile_sizes(
+        max_query_len, group, head_size, query.dtype, key_cache.dtype, query.device
+    )
     num_segments = 1
+    partials: tuple[torch.Tensor | None, ...] = (None, None, None)
     if split is not None:
         num_segments = split.num_segments(
             tiles,
@@ -351,9 +431,9 @@ def tree_attention(
             max_query_len=max_query_len,
             max_num_keys=block_table.shape[1] * block_size,
         )
-    partials = (None, None, None)
-    if num_segments > 1:
-        partials = (split.weighted, split.peaks, split.totals)
+        if num_segments > 1:
+            partials = (split.weighted, split.peaks, split.totals)
+    log_sums_stride = 0 if log_sums is None else log_sums.stride(0)
     num_tiles = num_tokens // tiles.block_q + num_reqs
     _tree_attention_kernel[(num_tiles, num_kv_heads, num_segments)](
         query,
@@ -364,6 +444,11 @@ def tree_attention(
         *value_cache.stride()[:3],
         output,
         *output.stride()[:2],
+        log_sums,
+        log_sums_stride,
+        sinks,
+        key_scale,
+        value_scale,
         query_start_loc,
         seq_lens,
         block_table,
@@ -375,22 +460,27 @@ def tree_attention(
         *masks.stride()[:2],
         *partials,
         num_reqs,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_SIZE_PADDED=tiles.head_size_padded,
         BLOCK_SIZE=block_size,
         SLIDING_WINDOW=sliding_window or 0,
-        SOFT_CAP=(soft_cap or 0.0) * LOG2_E,
+        SOFT_CAP=(soft_cap or 0.0) * LOG2_E.value,
         BLOCK_Q=tiles.block_q,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     if num_segments > 1:
         _merge_segments_kernel[(num_tokens, num_heads)](
             *partials,
             output,
             *output.stride()[:2],
+            log_sums,
+            log_sums_stride,
+            sinks,
             query_start_loc,
             num_reqs,
             num_segments,
@@ -430,11 +520,6 @@ def _check_shapes(
             f"{num_heads} query heads do not divide into groups of {num_kv_heads} "
             "KV heads: pass a multiple"
         )
-    if len({tensor.dtype for tensor in (query, key_cache, value_cache)}) > 1:
-        raise ValueError(
-            f"query is {query.dtype}, caches are {key_cache.dtype} and "
-            f"{value_cache.dtype}: quantized caches are not supported, use one dtype"
-        )
     if (
         masks.shape[1] != depths.shape[1]
         or masks.shape[2] * WORD_BITS.value < masks.shape[1]
@@ -456,6 +541,38 @@ def _check_shapes(
                 f"{name} has last stride {tensor.stride(-1)}, must be 1: "
                 "pass it contiguous along the last dimension"
             )
+
+
+def _check_scales(
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+) -> None:
+    if key_dtype != value_dtype or not key_dtype.is_floating_point:
+        raise ValueError(
+            f"caches are {key_dtype} and {value_dtype}: both must have one dtype, "
+            "a floating one; view quantized bytes as what they are"
+        )
+    scales = (key_scale, value_scale)
+    if key_dtype.itemsize == 1 and any(scale is None for scale in scales):
+        raise ValueError(f"caches are {key_dtype}: pass key_scale and value_scale")
+    if any(scale is not None and scale.numel() != 1 for scale in scales):
+        raise ValueError("key_scale and value_scale must have one element each")
+
+
+def _check_heads(
+    query: torch.Tensor, sinks: torch.Tensor | None, log_sums: torch.Tensor | None
+) -> None:
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(
+            f"sinks are {tuple(sinks.shape)}: need one for each of "
+            f"{query.shape[1]} query heads"
+        )
+    if log_sums is not None and log_sums.shape != query.shape[:2]:
+        raise ValueError(
+            f"log_sums are {tuple(log_sums.shape)}, need {tuple(query.shape[:2])}"
+        )
 
 
 def _check_numbers(sliding_window: int | None, soft_cap: float | None) -> None:

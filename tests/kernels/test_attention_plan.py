@@ -7,7 +7,7 @@ from vllm_treespec.kernels.attention_plan import (
     MAX_SEGMENTS,
     MIN_SEGMENT_KEYS,
     SplitBuffers,
-    tile_sizes,
+    default_tiles,
 )
 
 LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8}
@@ -16,14 +16,14 @@ LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8}
 def split_of(num_sms: int, num_floats: int = 1 << 30) -> SplitBuffers:
     one = torch.empty(1)
     weighted = one.expand(num_floats)  # only its size is read
-    return SplitBuffers(2 * num_sms, weighted, one, one)
+    return SplitBuffers(num_sms, weighted, one, one)
 
 
 def segments(
     split: SplitBuffers, num_reqs: int, query_len: int, max_num_keys: int = 1 << 17
 ) -> int:
     return split.num_segments(
-        tile_sizes(query_len, 4, 128, 2),
+        default_tiles(query_len * 4, 4, 128, 2)._replace(programs_per_sm=2),
         num_tokens=num_reqs * query_len,
         num_reqs=num_reqs,
         max_query_len=query_len,

@@ -116,6 +116,7 @@ def make_batch(
     head_size: int = 32,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,  # else dtype
     sliding_window: int = 1 << 20,  # keys that leave it are poisoned
     num_padding: int = 0,
 ) -> Batch:
@@ -134,12 +135,12 @@ def make_batch(
         packed = torch.randn(
             request.seq_len, num_kv_heads, 2 * head_size, generator=gen
         )
-        packed = packed.to(dtype)
+        packed = packed.to(cache_dtype or dtype).float()
         packed[: max(0, request.num_context - sliding_window + 1)] = NAN
         blocks = order[row]
         block_table[row, : len(blocks)] = blocks
         slots = torch.arange(request.seq_len)
-        cache[blocks[slots // block_size], :, slots % block_size] = packed.float()
+        cache[blocks[slots // block_size], :, slots % block_size] = packed
         keys.append(packed[..., :head_size])
         values.append(packed[..., head_size:])
         if len(request.parents) > 1:
@@ -150,7 +151,7 @@ def make_batch(
     shape = (num_tokens + num_padding, num_kv_heads * group, head_size)
     query = torch.randn(shape, generator=gen)
     query[num_tokens:] = NAN
-    cache = cache.to(dtype).to(device)
+    cache = cache.to(cache_dtype or dtype).to(device)
     arguments = {
         "query": query.to(dtype),
         "output": torch.full(shape, UNTOUCHED, dtype=dtype),
@@ -218,7 +219,7 @@ def split_among(batch: Batch, num_segments: int) -> SplitBuffers:
     num_tokens, num_heads, _ = batch.arguments["query"].shape
     num_rows = num_tokens * num_heads * num_segments
     return SplitBuffers(
-        num_programs=1 << 20,
+        num_sms=1 << 20,
         weighted=torch.empty(num_rows * 256, device=table.device),
         peaks=torch.empty(num_rows, device=table.device),
         totals=torch.empty(num_rows, device=table.device),
@@ -296,6 +297,48 @@ def test_every_group_size(group: int, device: torch.device):
     make_batch(MIXED, device, num_kv_heads=1, group=group).check()
 
 
+SCALES = {"key_scale": torch.tensor(0.5), "value_scale": torch.tensor([3.0])}
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("cache_dtype", FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantized_caches(
+    cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+):
+    batch = make_batch(
+        MIXED, device, num_kv_heads=1, dtype=dtype, cache_dtype=cache_dtype
+    )
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (3e-3, 6e-3)
+    batch.check(rtol, atol, **on(device, SCALES))
+    split = split_among(batch, 3)
+    batch.check(rtol, atol, soft_cap=0.3, split=split, **on(device, SCALES))
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_scales_multiply_what_is_stored(attention: Any, device: torch.device):
+    options = {"cache_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
+    batch = make_batch(MIXED[:3], device, **options)
+    output = batch.run(attention, soft_cap=2.0, **on(device, SCALES))
+    batch.keys = [keys * 0.5 for keys in batch.keys]
+    batch.values = [values * 3.0 for values in batch.values]
+    expected = naive(batch, 1 << 20, 2.0)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_another_half_precision(device: torch.device):
+    batch = make_batch(
+        MIXED[:3], device, dtype=torch.float16, cache_dtype=torch.bfloat16
+    )
+    batch.check(rtol=2e-3, atol=2e-3)
+
+
 def test_half_precision(device: torch.device):
     batch = make_batch(MIXED, device, dtype=torch.float16)
     batch.check(rtol=2e-3, atol=2e-3)
@@ -329,6 +372,113 @@ def test_soft_cap_bounds_every_score(device: torch.device):
     # A cap of almost nothing makes all scores equal: the mean of what is seen.
     root = batch.run(tree_attention, soft_cap=1e-6)[0, 0]
     torch.testing.assert_close(root.cpu(), batch.values[0][:38, 0].mean(0))
+
+
+@pytest.mark.parametrize("num_segments", [1, 4])
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_sinks_and_log_sums(
+    num_segments: int, sliding_window: int | None, device: torch.device
+):
+    batch = make_batch(
+        MIXED, device, num_padding=3, sliding_window=sliding_window or 1 << 20
+    )
+    sinks = torch.tensor([-2.0, 0.0, 1.5, 30.0], device=device)
+    split = split_among(batch, num_segments)
+    shape = batch.arguments["query"].shape[:2]
+    for options in ({}, {"sinks": sinks}, {"sinks": sinks.half(), "soft_cap": 0.5}):
+        log_sums = torch.full((2, *shape), UNTOUCHED, device=device)
+        outputs = [
+            batch.run(
+                attention,
+                sliding_window=sliding_window,
+                split=split,
+                log_sums=out,
+                **options,
+            )
+            for attention, out in zip(
+                (tree_attention, reference), log_sums, strict=True
+            )
+        ]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(*log_sums, rtol=1e-5, atol=2e-6)
+        assert (log_sums[:, -3:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_a_sink_is_a_key_whose_value_is_nothing(attention: Any, device: torch.device):
+    batch = make_batch([Request(20, 0, [-1])], device, num_kv_heads=1, group=2)
+    sinks = torch.tensor([0.0, 3.0], device=device)
+    log_sums = torch.empty(1, 2, device=device)
+    output = batch.run(attention, scale=0.0, sinks=sinks, log_sums=log_sums)
+    total = 21 + sinks.exp()
+    expected = batch.values[0][:, 0].sum(0).to(device) / total[:, None]
+    torch.testing.assert_close(output[0], expected)
+    torch.testing.assert_close(log_sums[0], total.log())
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_a_row_that_sees_a_sink_alone(num_segments: int, device: torch.device):
+    batch = make_batch([Request(30, 0, chain(3))], device, sliding_window=1)
+    batch.arguments["masks"][0, 1] = 0
+    sinks = torch.tensor([-40.0, 0.0, 1.0, 50.0], device=device)
+    log_sums = torch.empty(3, 4, device=device)
+    split = split_among(batch, num_segments)
+    output = batch.run(
+        tree_attention, sliding_window=1, split=split, sinks=sinks, log_sums=log_sums
+    )
+    assert (output[1] == 0).all()
+    torch.testing.assert_close(log_sums[1], sinks)
+    batch.run(tree_attention, sliding_window=1, split=split, log_sums=log_sums)
+    assert (log_sums[1] == -torch.inf).all()
+
+
+def test_parts_of_the_keys_merge_by_their_log_sums(device: torch.device):
+    """The context by itself, the tree by itself as a cache of one block a request."""
+    parents = tree(9)
+    batch = make_batch([Request(40, 0, parents)], device, num_kv_heads=1)
+    expected = batch.run(reference)
+    whole = batch.arguments
+    log_sums = torch.empty(2, *expected.shape[:2], device=device)
+    # A chain of the context's keys alone, of which every row is the last.
+    outputs = [torch.empty_like(expected), torch.empty_like(expected)]
+    for row in range(len(parents)):
+        tree_attention(
+            **whole
+            | {
+                "query": whole["query"][row : row + 1],
+                "output": outputs[0][row : row + 1],
+                "query_start_loc": whole["query_start_loc"].new_tensor([0, 1]),
+                "seq_lens": whole["seq_lens"].new_tensor([40]),
+                "num_nodes": torch.zeros_like(whole["num_nodes"]),
+            },
+            max_query_len=1,
+            scale=32**-0.5,
+            sliding_window=None,
+            soft_cap=None,
+            log_sums=log_sums[0, row : row + 1],
+        )
+    tree_keys = batch.keys[0][40:].to(device).transpose(0, 1)[None]
+    tree_values = batch.values[0][40:].to(device).transpose(0, 1)[None]
+    tree_attention(
+        **whole
+        | {
+            "output": outputs[1],
+            "key_cache": tree_keys.contiguous(),
+            "value_cache": tree_values.contiguous(),
+            "block_table": whole["block_table"].new_zeros(1, 1),
+            "seq_lens": whole["seq_lens"].new_tensor([9]),
+        },
+        max_query_len=9,
+        scale=32**-0.5,
+        sliding_window=None,
+        soft_cap=None,
+        log_sums=log_sums[1],
+    )
+    weights = log_sums.softmax(0)[..., None]
+    merged = (torch.stack(outputs) * weights).sum(0)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_siblings_do_not_see_each_other(device: torch.device):
@@ -616,6 +766,23 @@ def test_reads_views_of_wider_buffers(device: torch.device):
         ({"output": torch.zeros(5, 4, 16)}, "like the query"),
         ({"value_cache": torch.zeros(1, 2, 16, 64)}, "head size, 32"),
         ({"key_cache": torch.zeros(4, 2, 16, 32).half()}, "one dtype"),
+        (
+            {
+                "key_cache": torch.zeros(4, 2, 16, 32).byte(),
+                "value_cache": torch.zeros(4, 2, 16, 32).byte(),
+            },
+            "view quantized bytes",
+        ),
+        (
+            {
+                "key_cache": torch.zeros(4, 2, 16, 32).to(torch.float8_e5m2),
+                "value_cache": torch.zeros(4, 2, 16, 32).to(torch.float8_e5m2),
+            },
+            "pass key_scale and value_scale",
+        ),
+        ({"sinks": torch.zeros(2)}, "each of 4 query heads"),
+        ({"log_sums": torch.zeros(6, 2)}, r"need \(6, 4\)"),
+        ({"key_scale": torch.ones(2)}, "one element each"),
         ({"masks": torch.zeros(2, 40, 1), "depths": torch.zeros(2, 40)}, "32 in a"),
     ],
 )
