@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_treespec.kernels.attention_plan import SplitBuffers
+from vllm_treespec.kernels.attention_plan import SplitBuffers, TileSizes
 
 WORD_BITS = 32
 
@@ -28,6 +28,7 @@ def tree_attention(
     value_scale: torch.Tensor | None = None,
     log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32
     split: SplitBuffers | None = None,
+    tiles: TileSizes | None = None,
 ) -> None:
     starts = query_start_loc.tolist()
     trees = num_nodes.tolist()

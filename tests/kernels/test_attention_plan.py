@@ -7,7 +7,10 @@ from vllm_treespec.kernels.attention_plan import (
     MAX_SEGMENTS,
     MIN_SEGMENT_KEYS,
     SplitBuffers,
+    TileSizes,
+    choose_tiles,
     default_tiles,
+    table,
 )
 
 LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8}
@@ -30,6 +33,40 @@ def segments(
         max_num_keys=max_num_keys,
         **LLAMA_8B,
     )
+
+
+def of_rows(block_m: int) -> TileSizes:
+    return TileSizes(0, block_m, 64, 128, 4, 3, 2)
+
+
+def test_the_smallest_tile_that_holds_a_request_is_taken():
+    found = [of_rows(16), of_rows(64), of_rows(128)]
+    for rows, group, block_m, block_q in (
+        (1, 1, 16, 16),
+        (16, 4, 16, 4),
+        (20, 4, 64, 16),
+        (64, 8, 64, 8),
+        (132, 4, 128, 32),  # in several tiles
+        (66, 6, 128, 21),
+    ):
+        tiles = choose_tiles(found, rows, group)
+        assert (tiles.block_m, tiles.block_q) == (block_m, block_q)
+
+
+def test_a_tile_holds_a_group_larger_than_any_of_the_table():
+    tiles = choose_tiles([of_rows(16), of_rows(64)], 200, 100)
+    assert (tiles.block_m, tiles.block_q) == (128, 1)
+
+
+def test_the_table_has_tiles_for_every_row_count():
+    assert {arch for arch, _, _ in table()} == {80, 90}
+    for (_, head_size, cache_bytes), found in table().items():
+        assert [tiles.block_m for tiles in found] == sorted(
+            {tiles.block_m for tiles in found}
+        )
+        assert found[0].block_m == 16
+        assert cache_bytes in (1, 2)
+        assert all(tiles.head_size_padded == head_size for tiles in found)
 
 
 def test_segments_fill_the_device_and_no_more():

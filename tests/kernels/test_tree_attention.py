@@ -1,12 +1,17 @@
 """kernels/tree_attention.py against its reference, and that against plain Python."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from vllm_treespec.kernels.attention_plan import MIN_SEGMENT_KEYS, SplitBuffers
+from vllm_treespec.kernels.attention_plan import (
+    MIN_SEGMENT_KEYS,
+    SplitBuffers,
+    default_tiles,
+)
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.trees import chain_parents, random_parents
@@ -352,6 +357,18 @@ def test_masks_of_many_words(num_nodes: int, num_context: int, device: torch.dev
     make_batch([request], device, num_kv_heads=1, group=1).check()
 
 
+# 128 keys are more than a block; 16 fewer than a mask word.
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 128), (64, 16), (128, 64)])
+def test_tiles_of_any_size(block_m: int, block_n: int, device: torch.device):
+    tiles = default_tiles(1, 4, 32, 4)._replace(
+        block_m=block_m, block_q=block_m // 4, block_n=block_n
+    )
+    requests = [Request(300, 0, tree(33)), Request(0, 0, [-1]), Request(20, 40, [])]
+    batch = make_batch(requests, device, num_kv_heads=1, group=4, sliding_window=90)
+    batch.check(tiles=tiles, sliding_window=90)
+    batch.check(tiles=tiles, sliding_window=90, split=split_among(batch, 3))
+
+
 def test_a_tree_of_a_thousand_nodes(device: torch.device):
     request = Request(45, 3, tree(1025))
     make_batch([request], device, num_kv_heads=1, group=1).check()
@@ -416,6 +433,23 @@ def test_a_sink_is_a_key_whose_value_is_nothing(attention: Any, device: torch.de
     expected = batch.values[0][:, 0].sum(0).to(device) / total[:, None]
     torch.testing.assert_close(output[0], expected)
     torch.testing.assert_close(log_sums[0], total.log())
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_scores_far_below_zero_keep_their_weights(
+    num_segments: int, device: torch.device
+):
+    batch = make_batch([Request(70, 0, [-1])], device, num_kv_heads=1)
+    batch.arguments["query"].fill_(40.0)
+    batch.arguments["key_cache"].fill_(-40.0)
+    log_sums = torch.empty(1, 2, device=device)
+    output = batch.run(
+        tree_attention, split=split_among(batch, num_segments), log_sums=log_sums
+    )
+    mean = batch.values[0][:, 0].mean(0).to(device)
+    torch.testing.assert_close(output[0], mean.expand(2, -1))
+    expected = math.log(71) - 40 * 40 * 32**0.5
+    torch.testing.assert_close(log_sums, torch.full_like(log_sums, expected))
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
