@@ -324,11 +324,13 @@ def fa3_chain_us(batch: Batch) -> float:
 
 
 def bound_us(num_reqs: int, num_nodes: int, context: int) -> float:
-    devices = {90: H200, 80: A100}
-    arch = 10 * torch.cuda.get_device_capability()[0] if ON_GPU else 0
-    if arch not in devices:
+    devices = {(9, 0): H200, (8, 0): A100}
+    capability = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
+    if capability not in devices:
         return NOTHING
-    return attention_work(HEADS, num_reqs, num_nodes, context).least_us(devices[arch])
+    return attention_work(HEADS, num_reqs, num_nodes, context).least_us(
+        devices[capability]
+    )
 
 
 def measure(split: SplitBuffers, num_reqs: int, context: int, num_nodes: int) -> Row:

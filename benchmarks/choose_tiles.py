@@ -33,14 +33,14 @@ class Report(NamedTuple):
     bytes_in_flight: int  # of keys and values, on one multiprocessor
 
 
-def candidates(head_size: int, block_m: int) -> Iterator[TileSizes]:
+def candidates(head_size: int, block_m: int, num_warps: int) -> Iterator[TileSizes]:
     for block_n, num_stages in ((32, 3), (32, 4), (64, 2), (64, 3)):
         yield TileSizes(
             block_q=block_m // GROUP,
             block_m=block_m,
             block_n=block_n,
             head_size_padded=head_size,
-            num_warps=8 if block_m == 128 else 4,
+            num_warps=num_warps,
             num_stages=num_stages,
             programs_per_sm=1,
         )
@@ -80,16 +80,26 @@ def best(reports: list[Report]) -> Report | None:
     )
 
 
+def chosen_for(
+    arch: int, head_size: int, cache_bytes: int, block_m: int
+) -> Report | None:
+    # More warps have more registers, but wait for one another.
+    for num_warps in (8,) if block_m == 128 else (4, 8):
+        tried = [
+            report(arch, cache_bytes, tiles)
+            for tiles in candidates(head_size, block_m, num_warps)
+        ]
+        if chosen := best([each for each in tried if each is not None]):
+            return chosen
+    return None
+
+
 def entries() -> Iterator[dict[str, int]]:
     for arch in (90, 80):
-        for head_size in (128, 64, 256):
+        for head_size in (64, 128, 256):
             for cache_bytes in (2, 1):
                 for block_m in (16, 64, 128):
-                    tried = [
-                        report(arch, cache_bytes, tiles)
-                        for tiles in candidates(head_size, block_m)
-                    ]
-                    chosen = best([each for each in tried if each is not None])
+                    chosen = chosen_for(arch, head_size, cache_bytes, block_m)
                     if chosen is None:
                         continue
                     print(arch, head_size, cache_bytes, chosen, flush=True)

@@ -144,7 +144,8 @@ def best(head_size: int, cache_bytes: int, block_m: int, split: SplitBuffers) ->
 
 def write(rows: list[Row]) -> None:
     """Replace this compute capability's entries."""
-    arch = 10 * torch.cuda.get_device_capability()[0]
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
     stored = json.loads(TABLE.read_text())
     kept = [entry for entry in stored["tiles"] if entry["arch"] != arch]
     measured = [

@@ -105,9 +105,9 @@ def tile_sizes(
     rows = max_query_len * group
     head_size_padded = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     if device.type == "cuda" and query_dtype.itemsize == 2:
-        arch = 10 * torch.cuda.get_device_capability(device)[0]
-        found = table()[arch, head_size_padded, cache_dtype.itemsize]
-        if found:
+        major, minor = torch.cuda.get_device_capability(device)
+        key = (10 * major + minor, head_size_padded, cache_dtype.itemsize)
+        if found := table().get(key):
             return choose_tiles(found, rows, group)
     return default_tiles(rows, group, head_size, query_dtype.itemsize)
 
@@ -122,7 +122,7 @@ def table() -> dict[tuple[int, int, int], list[TileSizes]]:
         found[key].append(TileSizes(block_q=0, **entry))
     for tiles in found.values():
         tiles.sort(key=lambda each: each.block_m)
-    return found
+    return dict(found)
 
 
 def choose_tiles(found: list[TileSizes], rows: int, group: int) -> TileSizes:
@@ -137,7 +137,7 @@ def choose_tiles(found: list[TileSizes], rows: int, group: int) -> TileSizes:
 def default_tiles(
     rows: int, group: int, head_size: int, element_size: int
 ) -> TileSizes:
-    """Tiles that fit the shared memory of an A100, whatever the head."""
+    """Tiles that fit 96 KiB of shared memory, whatever the head."""
     head_size_padded = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
     row_bytes = head_size_padded * element_size
