@@ -98,7 +98,7 @@ def entries() -> Iterator[dict[str, int]]:
     for arch in (90, 80):
         for head_size in (64, 128, 256):
             for cache_bytes in (2, 1):
-                for block_m in (16, 64, 128):
+                for block_m in (16, 32, 64, 128):
                     chosen = chosen_for(arch, head_size, cache_bytes, block_m)
                     if chosen is None:
                         continue

@@ -38,11 +38,15 @@ thread (a stack of 0 means that nothing was spilled), shared memory of a program
 many programs run at once on a multiprocessor. The last ones are a model of one layer's
 tree attention: the bytes that have to move at least once, divided by the memory bandwidth
 of the data sheet, or the FLOPs divided by its peak where that is longer (`least_us`).
-`intensity` is in FLOPs per byte; below {h200:.0f} on an H200 and {a100:.0f} on an A100 bandwidth is the
-bound. `l2_reads` is how often tiles of the same request read the same keys, from the
-cache of the chip as a rule. `fill` is the share of the chip's program slots that are
-taken, by one kernel and when the context is split into `segments`; below 1 the time of
-the model is out of reach."""
+`intensity` is in FLOPs per byte; below {h200:.0f} on an H200 and {a100:.0f} on an A100
+bandwidth is the bound. `l2_reads` is how often tiles of the same request read the same
+keys, from the cache of the chip as a rule. `fill` is the share of the chip's program
+slots that are taken, by one kernel and when the context is split into `segments`; far
+below 1 the time of the model is out of reach. What the segments write and read again is
+not counted.
+
+33 nodes of a group of 4 are 132 rows, 4 more than the largest tile holds, so they read
+the keys twice; 32 nodes (`num_speculative_tokens` 31) would read them once."""
 
 
 class Variant(NamedTuple):

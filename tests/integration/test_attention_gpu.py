@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from vllm_treespec.config import ConfigError, TreeSpecConfig
 from vllm_treespec.core.attend import BatchTrees
@@ -59,7 +60,10 @@ def test_quantized_caches_are_read_as_vllms_triton_kernel_stores_them(kv_cache_d
     torch.testing.assert_close(output, attend(layer_of("auto"), plain))
 
 
-def test_queries_are_not_quantized_with_the_cache():
+def test_queries_are_not_quantized_with_the_cache(monkeypatch):
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: True)
+    monkeypatch.setattr(platform, "has_device_capability", lambda *_, **__: True)
     assert not layer_of("fp8").supports_quant_query_input
 
 
