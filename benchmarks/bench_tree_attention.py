@@ -1,30 +1,92 @@
-"""python benchmarks/bench_tree_attention.py"""
+"""python benchmarks/bench_tree_attention.py
 
-import importlib.util
-import sys
-from typing import Any, NamedTuple
+Tree attention against what could stand in its place, each checked before it is timed.
+Without a GPU it checks a tiny batch in Triton's interpreter and times nothing.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
+    import treespec_cpu_host
+
+    treespec_cpu_host.interpreter.install()
+
+from vllm_treespec.kernels.attention_plan import SplitBuffers
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.bench import median_us, print_table
+from vllm_treespec.testing.roofline import A100, H200, Heads, attention_work
 from vllm_treespec.testing.trees import chain_parents, random_parents
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
-SCALE = HEAD_SIZE**-0.5
-OPTIONS = {"scale": SCALE, "sliding_window": None, "soft_cap": None}
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+TOLERANCE = 2e-2 if ON_GPU else 1e-5
+HEADS = Heads("Llama 8B", 32, 8, 128) if ON_GPU else Heads("tiny", 4, 2, 32)
+BLOCK_SIZE = 16
+SCALE = HEADS.head_size**-0.5
+# (requests, context, nodes)
+SIZES = (
+    [
+        (reqs, context, nodes)
+        for reqs, context in ((1, 1024), (1, 16384), (8, 4096), (32, 1024), (32, 8192))
+        for nodes in (1, 8, 33, 64, 129)
+    ]
+    if ON_GPU
+    else [(1, 300, 9), (2, 40, 5)]
+)
+NOTHING = float("nan")  # not here, or not on this device
 
 
 class Row(NamedTuple):
     reqs: int
     context: int
     nodes: int
-    tree_us: float
-    sdpa_us: float  # of the tree, on keys already gathered: it pays for no paging
-    chain_us: float
-    vllm_chain_us: float  # NaN without vLLM
+    bound_us: float  # roofline of the device
+    single_us: float  # our kernel, contexts in one piece
+    split_us: float  # our kernel as vLLM launches it
+    merged_us: float  # FlashAttention over the context, our kernel over the tree
+    qq_bias_us: float  # vLLM's Triton kernel, with one tree for all requests
+    flex_us: float  # on keys already gathered: it pays for no paging
+    fa3_chain_us: float  # FlashAttention 3, which can verify a chain only
+
+
+@dataclass
+class Batch:
+    parents: torch.Tensor  # [num_reqs, num_nodes] int32
+    seen: torch.Tensor  # [num_reqs, num_nodes, num_nodes] bool, ancestors and self
+    context: int
+    tensors: dict[str, torch.Tensor]
+    expected: torch.Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parents.shape[1]
+
+    @property
+    def options(self) -> dict[str, float | int | None]:
+        return {
+            "max_query_len": self.num_nodes,
+            "scale": SCALE,
+            "sliding_window": None,
+            "soft_cap": None,
+        }
+
+    def checked_us(
+        self, attend: Callable[[], torch.Tensor], expected: torch.Tensor | None = None
+    ) -> float:
+        expected = self.expected if expected is None else expected
+        torch.testing.assert_close(
+            attend(), expected, rtol=TOLERANCE, atol=TOLERANCE, msg="wrong, not fast"
+        )
+        return median_us(attend) if ON_GPU else NOTHING
 
 
 def seen_by(parents: torch.Tensor) -> torch.Tensor:
@@ -43,119 +105,259 @@ def pack(seen: torch.Tensor) -> torch.Tensor:
     return words.sum(3).int()
 
 
-def make_batch(parents: torch.Tensor, context: int) -> dict[str, torch.Tensor]:
+def make_batch(parents: torch.Tensor, context: int) -> Batch:
     num_reqs, num_nodes = parents.shape
     seq_len = context + num_nodes
     num_blocks = -(-seq_len // BLOCK_SIZE)
     seen = seen_by(parents)
-    block_table = torch.randperm(num_reqs * num_blocks).view(num_reqs, -1).int()
-    cache = torch.randn(
-        (num_reqs * num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE),
-        dtype=torch.bfloat16,
-        device="cuda",
-    )
-    query = torch.randn(num_reqs * num_nodes, NUM_HEADS, HEAD_SIZE)
-    batch = {
-        "query": query.bfloat16(),
-        "output": torch.zeros_like(query).bfloat16(),
+    shape = (num_reqs * num_blocks, HEADS.num_kv_heads, BLOCK_SIZE, 2 * HEADS.head_size)
+    cache = torch.randn(shape, device=DEVICE).to(DTYPE)
+    query = torch.randn(num_reqs * num_nodes, HEADS.num_heads, HEADS.head_size)
+    tensors = {
+        "query": query.to(DTYPE),
+        "output": torch.zeros_like(query).to(DTYPE),
         "query_start_loc": torch.arange(num_reqs + 1).int() * num_nodes,
         "seq_lens": torch.full((num_reqs,), seq_len).int(),
-        "block_table": block_table,
+        "block_table": torch.randperm(num_reqs * num_blocks).view(num_reqs, -1).int(),
         "num_nodes": torch.full((num_reqs,), num_nodes).int(),
         "depths": seen.sum(2).int() - 1,
         "masks": pack(seen),
     }
-    batch = {name: tensor.cuda() for name, tensor in batch.items()}
-    key_cache, value_cache = cache.split(HEAD_SIZE, dim=3)
-    return batch | {"key_cache": key_cache, "value_cache": value_cache}
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    tensors["key_cache"], tensors["value_cache"] = cache.split(HEADS.head_size, dim=3)
+    batch = Batch(parents, seen, context, tensors, torch.zeros_like(tensors["output"]))
+    reference(**tensors | {"output": batch.expected}, **batch.options)
+    return batch
 
 
-def time_checked(batch: dict[str, torch.Tensor], **options: Any) -> float:
-    expected = torch.zeros_like(batch["output"])
-    reference(**batch | {"output": expected}, **options)
-    tree_attention(**batch, **options)
-    torch.testing.assert_close(batch["output"], expected, rtol=2e-2, atol=2e-2)
-    return median_us(lambda: tree_attention(**batch, **options))
-
-
-def time_sdpa(batch: dict[str, torch.Tensor], parents: torch.Tensor) -> float:
-    num_reqs, num_nodes = parents.shape
-    seq_len = int(batch["seq_lens"][0])
-    blocks = batch["block_table"].long()
+def gathered(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, [num_reqs, num_kv_heads, seq_len, head_size]."""
+    blocks = batch.tensors["block_table"].long()
+    seq_len = batch.context + batch.num_nodes
     keys, values = (
-        batch[name][blocks].transpose(2, 3).flatten(1, 2)[:, :seq_len].transpose(1, 2)
+        batch.tensors[name][blocks].transpose(2, 3).flatten(1, 2)[:, :seq_len]
         for name in ("key_cache", "value_cache")
     )
-    keys, values = keys.contiguous(), values.contiguous()
-    query = batch["query"].unflatten(0, (num_reqs, num_nodes)).transpose(1, 2)
-    visible = torch.ones(num_reqs, 1, num_nodes, seq_len, dtype=torch.bool)
-    visible[:, 0, :, -num_nodes:] = seen_by(parents)
-    visible = visible.cuda()
+    return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+
+
+def tree_us(batch: Batch, split: SplitBuffers | None) -> float:
+    output = torch.zeros_like(batch.expected)
+    tensors = batch.tensors | {"output": output}
 
     def attend() -> torch.Tensor:
-        return scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible, scale=SCALE, enable_gqa=True
-        )
+        tree_attention(**tensors, **batch.options, split=split)
+        return output
 
-    output = attend().transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(output, batch["output"], rtol=2e-2, atol=2e-2)
-    return median_us(attend)
+    return batch.checked_us(attend)
 
 
-def time_vllm_chain(batch: dict[str, torch.Tensor], num_nodes: int) -> float:
-    if importlib.util.find_spec("vllm") is None:
-        return float("nan")
+def attend_context(batch: Batch) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Every row against all of the context: outputs, and [num_heads, num_tokens] f32."""
+    tensors = batch.tensors
+    if ON_GPU:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        context_lens = torch.full_like(tensors["seq_lens"], batch.context)
+
+        def attend() -> tuple[torch.Tensor, torch.Tensor]:
+            output, log_sums = flash_attn_varlen_func(
+                q=tensors["query"],
+                k=tensors["key_cache"].transpose(1, 2),
+                v=tensors["value_cache"].transpose(1, 2),
+                max_seqlen_q=batch.num_nodes,
+                cu_seqlens_q=tensors["query_start_loc"],
+                max_seqlen_k=batch.context,
+                seqused_k=context_lens,
+                softmax_scale=SCALE,
+                causal=False,
+                block_table=tensors["block_table"],
+                return_softmax_lse=True,
+                fa_version=flash_attention_version(),
+            )
+            return output, log_sums
+
+        return attend
+
+    def attend_slowly() -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (each[:, :, : batch.context] for each in gathered(batch))
+        query = tensors["query"].unflatten(0, (-1, batch.num_nodes))
+        query = query.unflatten(2, (HEADS.num_kv_heads, -1))
+        scores = torch.einsum("bqhgd,bhkd->bqhgk", query, keys) * SCALE
+        output = torch.einsum("bqhgk,bhkd->bqhgd", scores.softmax(-1), values)
+        log_sums = scores.logsumexp(-1).flatten(2).flatten(0, 1)
+        return output.flatten(2, 3).flatten(0, 1), log_sums.t().contiguous()
+
+    return attend_slowly
+
+
+def flash_attention_version() -> int:
+    return 3 if torch.cuda.get_device_capability()[0] == 9 else 2
+
+
+def merged_us(batch: Batch) -> float:
+    if ON_GPU and find_spec("vllm") is None:
+        return NOTHING
+    context = attend_context(batch)
+    num_reqs, num_nodes = batch.parents.shape
+    keys, values = (
+        each[:, :, batch.context :].contiguous() for each in gathered(batch)
+    )
+    # The step's own keys, as a cache of one block for each request.
+    tensors = batch.tensors | {
+        "key_cache": keys,
+        "value_cache": values,
+        "block_table": torch.arange(num_reqs, device=DEVICE).int()[:, None],
+        "seq_lens": torch.full_like(batch.tensors["seq_lens"], num_nodes),
+        "output": torch.zeros_like(batch.expected),
+    }
+    log_sums = torch.empty(batch.expected.shape[:2], device=DEVICE)
+    output = torch.zeros_like(batch.expected)
+
+    def attend() -> torch.Tensor:
+        context_output, context_log_sums = context()
+        tree_attention(**tensors, **batch.options, log_sums=log_sums)
+        tree_output, tree_log_sums = tensors["output"], log_sums.t().contiguous()
+        if ON_GPU:
+            from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+            merge_attn_states(
+                output, context_output, context_log_sums, tree_output, tree_log_sums
+            )
+            return output
+        weights = torch.stack([context_log_sums, tree_log_sums]).softmax(0)
+        weights = weights.transpose(1, 2)[..., None]
+        return weights[0] * context_output + weights[1] * tree_output
+
+    return batch.checked_us(attend)
+
+
+def qq_bias_us(batch: Batch) -> float:
+    # The interpreter takes its `and` of two tensors for Python's.
+    if not ON_GPU or find_spec("vllm") is None:
+        return NOTHING
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    output = torch.zeros_like(batch["output"])
+    tensors, output = batch.tensors, torch.zeros_like(batch.expected)
+    assert (batch.parents == batch.parents[0]).all(), "one bias serves all requests"
+    bias = torch.zeros(batch.seen.shape[1:]).masked_fill(~batch.seen[0], -torch.inf)
+    bias = bias.to(DEVICE)
 
-    def attend() -> None:
+    def attend() -> torch.Tensor:
         unified_attention(
-            q=batch["query"],
-            k=batch["key_cache"].transpose(1, 2),
-            v=batch["value_cache"].transpose(1, 2),
+            q=tensors["query"],
+            k=tensors["key_cache"].transpose(1, 2),
+            v=tensors["value_cache"].transpose(1, 2),
             out=output,
-            cu_seqlens_q=batch["query_start_loc"],
-            max_seqlen_q=num_nodes,
-            seqused_k=batch["seq_lens"],
-            max_seqlen_k=batch["block_table"].shape[1] * BLOCK_SIZE,
+            cu_seqlens_q=tensors["query_start_loc"],
+            max_seqlen_q=batch.num_nodes,
+            seqused_k=tensors["seq_lens"],
+            max_seqlen_k=batch.context + batch.num_nodes,
             softmax_scale=SCALE,
             causal=True,
             window_size=(-1, -1),
-            block_table=batch["block_table"],
+            block_table=tensors["block_table"],
             softcap=0.0,
             q_descale=None,
             k_descale=None,
             v_descale=None,
+            qq_bias=bias,
+        )
+        return output
+
+    return batch.checked_us(attend)
+
+
+def flex_us(batch: Batch) -> float:
+    if not ON_GPU:
+        return NOTHING  # it would be compiled for the CPU
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    num_reqs, num_nodes = batch.parents.shape
+    keys, values = gathered(batch)
+    query = batch.tensors["query"].unflatten(0, (num_reqs, num_nodes)).transpose(1, 2)
+    query, seen, context = query.contiguous(), batch.seen.to(DEVICE), batch.context
+
+    def sees(
+        req: torch.Tensor, head: torch.Tensor, node: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        in_tree = (key - context).clamp(min=0)
+        return (key < context) | seen[req, node, in_tree]
+
+    mask = create_block_mask(
+        sees, num_reqs, None, num_nodes, keys.shape[2], device="cuda"
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend() -> torch.Tensor:
+        output = compiled(
+            query, keys, values, block_mask=mask, scale=SCALE, enable_gqa=True
+        )
+        return output.transpose(1, 2).flatten(0, 1)
+
+    return batch.checked_us(attend)
+
+
+def fa3_chain_us(batch: Batch) -> float:
+    if not ON_GPU or find_spec("vllm") is None or flash_attention_version() != 3:
+        return NOTHING
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    tensors = batch.tensors
+
+    def attend() -> torch.Tensor:
+        return flash_attn_varlen_func(  # type: ignore[no-any-return]
+            q=tensors["query"],
+            k=tensors["key_cache"].transpose(1, 2),
+            v=tensors["value_cache"].transpose(1, 2),
+            max_seqlen_q=batch.num_nodes,
+            cu_seqlens_q=tensors["query_start_loc"],
+            max_seqlen_k=batch.context + batch.num_nodes,
+            seqused_k=tensors["seq_lens"],
+            softmax_scale=SCALE,
+            causal=True,
+            block_table=tensors["block_table"],
+            fa_version=3,
         )
 
-    attend()
-    torch.testing.assert_close(output, batch["output"], rtol=2e-2, atol=2e-2)
-    return median_us(attend)
+    return batch.checked_us(attend)
 
 
-def measure(num_reqs: int, context: int, num_nodes: int) -> Row:
-    parents = random_parents(num_reqs, num_nodes)
-    tree = make_batch(parents, context)
-    chain = make_batch(chain_parents(num_reqs, num_nodes), context)
+def bound_us(num_reqs: int, num_nodes: int, context: int) -> float:
+    devices = {(9, 0): H200, (8, 0): A100}
+    capability = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
+    if capability not in devices:
+        return NOTHING
+    return attention_work(HEADS, num_reqs, num_nodes, context).least_us(
+        devices[capability]
+    )
+
+
+def measure(split: SplitBuffers, num_reqs: int, context: int, num_nodes: int) -> Row:
+    one_tree = random_parents(1, num_nodes).repeat(num_reqs, 1)
+    tree = make_batch(random_parents(num_reqs, num_nodes), context)
     return Row(
         num_reqs,
         context,
         num_nodes,
-        time_checked(tree, max_query_len=num_nodes, **OPTIONS),
-        time_sdpa(tree, parents),
-        time_checked(chain, max_query_len=num_nodes, **OPTIONS),
-        time_vllm_chain(chain, num_nodes),
+        bound_us(num_reqs, num_nodes, context),
+        tree_us(tree, None),
+        tree_us(tree, split),
+        merged_us(tree),
+        qq_bias_us(make_batch(one_tree, context)),
+        flex_us(tree),
+        fa3_chain_us(make_batch(chain_parents(num_reqs, num_nodes), context)),
     )
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("tree_attention is timed on a CUDA device, and there is none here")
-    sizes = [
-        (reqs, context, nodes)
-        for reqs, context in ((1, 1024), (1, 16384), (32, 1024), (32, 8192))
-        for nodes in (1, 8, 32, 64, 256)
-    ]
-    heads = f"{NUM_HEADS} heads, {NUM_KV_HEADS} of KV, size {HEAD_SIZE}, bfloat16"
-    print_table(f"tree_attention, {heads}", [measure(*size) for size in sizes])
+    split = SplitBuffers.allocate(DEVICE)
+    rows = [measure(split, *size) for size in SIZES]
+    if ON_GPU:
+        title = f"{HEADS.num_heads} heads, {HEADS.num_kv_heads} of KV, bfloat16"
+        print_table(f"tree_attention, {title}", rows)
+    else:
+        print(
+            f"{len(rows)} tiny batches are right in Triton's interpreter; speed is "
+            "unmeasured, for there is no CUDA device here"
+        )

@@ -1,29 +1,21 @@
 """Paged attention in which a request's last keys may be a token tree."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from vllm_treespec.kernels.attention_plan import SplitBuffers, TileSizes, tile_sizes
 
 MAX_HEAD_SIZE = 256
 WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
 WORD_SHIFT = tl.constexpr(5)  # rounds down where // would round to zero
 
 # Scores are in base 2: exp2 is the hardware's exponential.
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 # Finite, so that a row which has seen nothing yet never computes inf - inf.
 NO_SCORE = tl.constexpr(-1.0e30)
-
-
-class TileSizes(NamedTuple):
-    """What one program holds: ``BLOCK_M >= BLOCK_Q * group`` rows, BLOCK_N keys."""
-
-    block_q: int
-    block_m: int
-    block_n: int
-    head_size_padded: int
 
 
 @triton.jit
@@ -41,9 +33,11 @@ def _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(cache_ptrs, block, slot, stride_block, stride_slot, in_tile):
+def _load_tile(
+    cache_ptrs, block, slot, stride_block, stride_slot, in_tile, DTYPE: tl.constexpr
+):
     row = block * stride_block + slot * stride_slot
-    return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0)
+    return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -70,6 +64,23 @@ def _online_softmax(scores, values, peak, total, weighted):
     return new_peak, total, weighted
 
 
+@triton.jit
+def _add_sink(sinks_ptr, head, peak, total):
+    """A sink is a key without a value. Returns what the numerator is to shrink by, too."""
+    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    new_peak = tl.maximum(peak, sink)
+    shrink = tl.exp2(peak - new_peak)
+    return new_peak, total * shrink + tl.exp2(sink - new_peak), shrink
+
+
+@triton.jit
+def _log_sum(peak, total):
+    """In base e, and minus infinity where nothing was seen."""
+    seen = total > 0
+    log_sum = peak + tl.log2(tl.where(seen, total, 1.0))
+    return tl.where(seen, log_sum / LOG2_E, float("-inf"))
+
+
 # More than 20 arguments only by strides: query, caches and output are all views.
 @triton.jit(do_not_specialize=["num_reqs"])
 def _tree_attention_kernel(
@@ -87,6 +98,11 @@ def _tree_attention_kernel(
     output_ptr,
     output_stride_token,
     output_stride_head,
+    log_sums_ptr,  # None: not asked for
+    log_sums_stride,
+    sinks_ptr,  # None: the layer has none
+    key_scale_ptr,  # None: the caches are not quantized
+    value_scale_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
     block_table_ptr,
@@ -97,6 +113,9 @@ def _tree_attention_kernel(
     masks_ptr,
     masks_stride_req,
     masks_stride_node,
+    weighted_ptr,  # None: the context is not split
+    peaks_ptr,
+    totals_ptr,
     num_reqs,
     scale,
     GROUP: tl.constexpr,  # query heads per KV head
@@ -119,6 +138,8 @@ def _tree_attention_kernel(
     if first_query >= query_len:
         return
 
+    if key_scale_ptr is not None:
+        scale *= tl.load(key_scale_ptr)
     kv_head = tl.program_id(1).to(tl.int64)
     req = req.to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + req)
@@ -162,12 +183,31 @@ def _tree_attention_kernel(
         first = tl.min(tl.where(live, position, seq_len), axis=0) - SLIDING_WINDOW + 1
         first = tl.maximum(first, 0)
 
+    unmasked_start = first // BLOCK_N * BLOCK_N
+    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
+    # The rest in tiles of one mask word per row, aligned to the root. The first may
+    # begin among keys already seen.
+    masked_start = tl.maximum(first, unmasked_end)
+    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
+    word_start = root - num_words * WORD_BITS
+    word_end = last
+    if weighted_ptr is not None:
+        # Every segment has an equal share of all tiles, the masked ones last.
+        num_unmasked = (unmasked_end - unmasked_start) // BLOCK_N
+        num_masked = (tl.maximum(last - word_start, 0) + WORD_BITS - 1) >> WORD_SHIFT
+        num_segments = tl.num_programs(2)
+        share = (num_unmasked + num_masked + num_segments - 1) // num_segments
+        share_start = share * tl.program_id(2)
+        share_end = tl.minimum(share_start + share, num_unmasked + num_masked)
+        unmasked_end = unmasked_start + tl.minimum(share_end, num_unmasked) * BLOCK_N
+        unmasked_start += share_start * BLOCK_N
+        word_end = word_start + (share_end - num_unmasked) * WORD_BITS
+        word_start += tl.maximum(share_start - num_unmasked, 0) * WORD_BITS
+
     peak = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
 
-    unmasked_start = first // BLOCK_N * BLOCK_N
-    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
     for start in range(unmasked_start, unmasked_end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         loaded = key >= first
@@ -175,10 +215,22 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
+            key_ptrs,
+            block,
+            key_slot,
+            key_stride_block,
+            key_stride_slot,
+            in_tile,
+            query.dtype,
         )
         values = _load_tile(
-            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
+            value_ptrs,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            in_tile,
+            query.dtype,
         )
         scores = _scores(query, keys, scale, SOFT_CAP)
         if SLIDING_WINDOW > 0:
@@ -186,11 +238,7 @@ def _tree_attention_kernel(
             scores = tl.where(near, scores, float("-inf"))
         peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
 
-    # The rest in tiles of one mask word per row, aligned to the root. The first may
-    # begin among keys already seen.
-    masked_start = tl.maximum(first, unmasked_end)
-    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
-    for start in range(root - num_words * WORD_BITS, last, WORD_BITS):
+    for start in range(word_start, word_end, WORD_BITS):
         bit = tl.arange(0, WORD_BITS)
         key = start + bit
         loaded = (key >= masked_start) & (key < last)
@@ -198,10 +246,22 @@ def _tree_attention_kernel(
         block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
         in_tile = loaded[:, None] & in_head[None, :]
         keys = _load_tile(
-            key_ptrs, block, key_slot, key_stride_block, key_stride_slot, in_tile
+            key_ptrs,
+            block,
+            key_slot,
+            key_stride_block,
+            key_stride_slot,
+            in_tile,
+            query.dtype,
         )
         values = _load_tile(
-            value_ptrs, block, key_slot, value_stride_block, value_stride_slot, in_tile
+            value_ptrs,
+            block,
+            key_slot,
+            value_stride_block,
+            value_stride_slot,
+            in_tile,
+            query.dtype,
         )
         # No row has a mask word before the root: all of those keys are seen.
         masked_above = tl.where(start < root, seq_len, root)
@@ -224,13 +284,84 @@ def _tree_attention_kernel(
         scores = tl.where(visible, scores, float("-inf"))
         peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
 
+    if value_scale_ptr is not None:
+        weighted *= tl.load(value_scale_ptr)
+    if weighted_ptr is not None:
+        num_heads = tl.num_programs(1) * GROUP
+        partial = (token * num_heads + head) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(peaks_ptr + partial, peak, mask=live)
+        tl.store(totals_ptr + partial, total, mask=live)
+        tl.store(
+            weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
+            weighted,
+            mask=in_query & (total > 0)[:, None],
+        )
+    else:
+        if sinks_ptr is not None:
+            peak, total, shrink = _add_sink(sinks_ptr, head, peak, total)
+            weighted *= shrink[:, None]
+        if log_sums_ptr is not None:
+            log_sums_offset = token * log_sums_stride + head
+            tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total), mask=live)
+        # A row that saw nothing gives zeros.
+        output = weighted / tl.where(total > 0, total, 1.0)[:, None]
+        output_offset = token * output_stride_token + head * output_stride_head
+        tl.store(
+            output_ptr + output_offset[:, None] + dim[None, :],
+            output.to(output_ptr.dtype.element_ty),
+            mask=in_query,
+        )
+
+
+@triton.jit(do_not_specialize=["num_reqs", "num_segments"])
+def _merge_segments_kernel(
+    weighted_ptr,
+    peaks_ptr,
+    totals_ptr,
+    output_ptr,
+    output_stride_token,
+    output_stride_head,
+    log_sums_ptr,
+    log_sums_stride,
+    sinks_ptr,
+    query_start_loc_ptr,
+    num_reqs,
+    num_segments,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    SEGMENTS_PADDED: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if token >= tl.load(query_start_loc_ptr + num_reqs):
+        return  # padding, whose scratch is stale
+    segment = tl.arange(0, SEGMENTS_PADDED)
+    in_segments = segment < num_segments
+    partial = (token * tl.num_programs(1) + head) * num_segments + segment
+    peaks = tl.load(peaks_ptr + partial, mask=in_segments, other=NO_SCORE)
+    totals = tl.load(totals_ptr + partial, mask=in_segments, other=0.0)
+    dim = tl.arange(0, HEAD_SIZE_PADDED)
+    in_head = dim < HEAD_SIZE
+    weighted = tl.load(
+        weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
+        # A segment without keys wrote no numerator.
+        mask=(totals > 0)[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    peak = tl.max(peaks, axis=0)
+    shrink = tl.exp2(peaks - peak)
+    total = tl.sum(totals * shrink, axis=0)
+    output = tl.sum(weighted * shrink[:, None], axis=0)
+    if sinks_ptr is not None:
+        peak, total, shrink_all = _add_sink(sinks_ptr, head, peak, total)
+        output *= shrink_all
+    if log_sums_ptr is not None:
+        tl.store(log_sums_ptr + token * log_sums_stride + head, _log_sum(peak, total))
     # A row that saw nothing gives zeros.
-    output = weighted / tl.where(total > 0, total, 1.0)[:, None]
-    output_offset = token * output_stride_token + head * output_stride_head
+    output /= tl.where(total > 0, total, 1.0)
     tl.store(
-        output_ptr + output_offset[:, None] + dim[None, :],
+        output_ptr + token * output_stride_token + head * output_stride_head + dim,
         output.to(output_ptr.dtype.element_ty),
-        mask=in_query,
+        mask=in_head,
     )
 
 
@@ -250,6 +381,12 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: torch.Tensor | None = None,  # [num_heads], logits of keys without values
+    key_scale: torch.Tensor | None = None,  # [1] or [] f32; None: not quantized
+    value_scale: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32, written
+    split: SplitBuffers | None = None,
+    tiles: TileSizes | None = None,  # else those of the table
 ) -> None:
     """Attention of every query row, where a request's last keys may be a tree.
 
@@ -261,8 +398,17 @@ def tree_attention(
     Rows may be fewer than nodes: row ``r`` of ``query_len`` is then node
     ``num_nodes - query_len + r``, and the nodes before it are in the cache already. So a
     tree may grow a few nodes at a time, each seeing what it would see in one go.
+
+    Quantized caches hold keys and values divided by their scales. ``log_sums`` gets the
+    logarithm of each row's softmax denominator, sink included, by which outputs over
+    different keys are merged.
+
+    Where the rows are too few to fill the device, the keys are split among programs as
+    far as the buffers of ``split`` go, and merged afterwards.
     """
     _check_shapes(query, key_cache, value_cache, output, depths, masks)
+    _check_scales(key_cache.dtype, value_cache.dtype, key_scale, value_scale)
+    _check_heads(query, sinks, log_sums)
     _check_numbers(sliding_window, soft_cap)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -270,8 +416,26 @@ def tree_attention(
     if num_tokens == 0 or num_reqs == 0:
         return
     group = num_heads // num_kv_heads
-    tiles = tile_sizes(max_query_len, group, head_size, query.element_size())
-    _tree_attention_kernel[(num_tokens // tiles.block_q + num_reqs, num_kv_heads)](
+    tiles = tiles or tile_sizes(
+        max_query_len, group, head_size, query.dtype, key_cache.dtype, query.device
+    )
+    num_segments = 1
+    partials: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if split is not None:
+        num_segments = split.num_segments(
+            tiles,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            max_query_len=max_query_len,
+            max_num_keys=block_table.shape[1] * block_size,
+        )
+        if num_segments > 1:
+            partials = (split.weighted, split.peaks, split.totals)
+    log_sums_stride = 0 if log_sums is None else log_sums.stride(0)
+    num_tiles = num_tokens // tiles.block_q + num_reqs
+    _tree_attention_kernel[(num_tiles, num_kv_heads, num_segments)](
         query,
         *query.stride()[:2],
         key_cache,
@@ -280,6 +444,11 @@ def tree_attention(
         *value_cache.stride()[:3],
         output,
         *output.stride()[:2],
+        log_sums,
+        log_sums_stride,
+        sinks,
+        key_scale,
+        value_scale,
         query_start_loc,
         seq_lens,
         block_table,
@@ -289,36 +458,36 @@ def tree_attention(
         depths.stride(0),
         masks,
         *masks.stride()[:2],
+        *partials,
         num_reqs,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_SIZE_PADDED=tiles.head_size_padded,
         BLOCK_SIZE=block_size,
         SLIDING_WINDOW=sliding_window or 0,
-        SOFT_CAP=(soft_cap or 0.0) * LOG2_E,
+        SOFT_CAP=(soft_cap or 0.0) * LOG2_E.value,
         BLOCK_Q=tiles.block_q,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
-
-
-def tile_sizes(
-    max_query_len: int, group: int, head_size: int, element_size: int
-) -> TileSizes:
-    """Tiles that fit the shared memory of an A100, whatever the head."""
-    head_size_padded = max(16, triton.next_power_of_2(head_size))
-    # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
-    row_bytes = head_size_padded * element_size
-    most_rows = max(16, min(64, 16384 // row_bytes))
-    rows = triton.next_power_of_2(max_query_len * group)
-    block_m = max(16, triton.next_power_of_2(group), min(most_rows, rows))
-    return TileSizes(
-        block_q=block_m // group,
-        block_m=block_m,
-        block_n=most_rows,
-        head_size_padded=head_size_padded,
-    )
+    if num_segments > 1:
+        _merge_segments_kernel[(num_tokens, num_heads)](
+            *partials,
+            output,
+            *output.stride()[:2],
+            log_sums,
+            log_sums_stride,
+            sinks,
+            query_start_loc,
+            num_reqs,
+            num_segments,
+            HEAD_SIZE=head_size,
+            HEAD_SIZE_PADDED=tiles.head_size_padded,
+            SEGMENTS_PADDED=triton.next_power_of_2(num_segments),
+        )
 
 
 def _check_shapes(
@@ -351,11 +520,6 @@ def _check_shapes(
             f"{num_heads} query heads do not divide into groups of {num_kv_heads} "
             "KV heads: pass a multiple"
         )
-    if len({tensor.dtype for tensor in (query, key_cache, value_cache)}) > 1:
-        raise ValueError(
-            f"query is {query.dtype}, caches are {key_cache.dtype} and "
-            f"{value_cache.dtype}: quantized caches are not supported, use one dtype"
-        )
     if (
         masks.shape[1] != depths.shape[1]
         or masks.shape[2] * WORD_BITS.value < masks.shape[1]
@@ -377,6 +541,38 @@ def _check_shapes(
                 f"{name} has last stride {tensor.stride(-1)}, must be 1: "
                 "pass it contiguous along the last dimension"
             )
+
+
+def _check_scales(
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+) -> None:
+    if key_dtype != value_dtype or not key_dtype.is_floating_point:
+        raise ValueError(
+            f"caches are {key_dtype} and {value_dtype}: both must have one dtype, "
+            "a floating one; view quantized bytes as what they are"
+        )
+    scales = (key_scale, value_scale)
+    if key_dtype.itemsize == 1 and any(scale is None for scale in scales):
+        raise ValueError(f"caches are {key_dtype}: pass key_scale and value_scale")
+    if any(scale is not None and scale.numel() != 1 for scale in scales):
+        raise ValueError("key_scale and value_scale must have one element each")
+
+
+def _check_heads(
+    query: torch.Tensor, sinks: torch.Tensor | None, log_sums: torch.Tensor | None
+) -> None:
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(
+            f"sinks are {tuple(sinks.shape)}: need one for each of "
+            f"{query.shape[1]} query heads"
+        )
+    if log_sums is not None and log_sums.shape != query.shape[:2]:
+        raise ValueError(
+            f"log_sums are {tuple(log_sums.shape)}, need {tuple(query.shape[:2])}"
+        )
 
 
 def _check_numbers(sliding_window: int | None, soft_cap: float | None) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_treespec.kernels.attention_plan import SplitBuffers, TileSizes
+
 WORD_BITS = 32
 
 
@@ -21,6 +23,12 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: torch.Tensor | None = None,  # [num_heads]
+    key_scale: torch.Tensor | None = None,  # [1] or [] f32
+    value_scale: torch.Tensor | None = None,
+    log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32
+    split: SplitBuffers | None = None,
+    tiles: TileSizes | None = None,
 ) -> None:
     starts = query_start_loc.tolist()
     trees = num_nodes.tolist()
@@ -39,14 +47,17 @@ def tree_attention(
         keys = torch.arange(
             int(visible.any(0).int().argmax()), seq_len, device=query.device
         )
-        output[rows] = _attend(
+        output[rows], row_log_sums = _attend(
             query[rows],
-            _gather(key_cache, block_table[req], keys),
-            _gather(value_cache, block_table[req], keys),
+            _gather(key_cache, block_table[req], keys, key_scale),
+            _gather(value_cache, block_table[req], keys, value_scale),
             visible[:, keys],
             scale,
             soft_cap,
+            sinks,
         )
+        if log_sums is not None:
+            log_sums[rows] = row_log_sums
 
 
 def _positions(
@@ -80,25 +91,37 @@ def _gather(
     cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, head_size]
     blocks: torch.Tensor,  # [max_num_blocks] int32
     keys: torch.Tensor,  # [num_keys] int64
-) -> torch.Tensor:  # [num_keys, num_kv_heads, head_size]
+    scale: torch.Tensor | None,  # [1] or [] f32
+) -> torch.Tensor:  # [num_keys, num_kv_heads, head_size] f32
     block_size = cache.shape[2]
-    return cache[blocks[keys // block_size].long(), :, keys % block_size]
+    # Torch does not index floats of one byte.
+    stored = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    rows = stored[blocks[keys // block_size].long(), :, keys % block_size]
+    rows = rows.view(cache.dtype).float()
+    return rows if scale is None else rows * scale
 
 
 def _attend(
     query: torch.Tensor,  # [query_len, num_heads, head_size]
-    keys: torch.Tensor,  # [num_keys, num_kv_heads, head_size]
+    keys: torch.Tensor,  # [num_keys, num_kv_heads, head_size] f32
     values: torch.Tensor,  # as keys
     visible: torch.Tensor,  # [query_len, num_keys] bool
     scale: float,
     soft_cap: float | None,
-) -> torch.Tensor:  # [query_len, num_heads, head_size]
-    grouped = query.float().reshape(len(query), keys.shape[1], -1, query.shape[2])
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, keys.float()) * scale
+    sinks: torch.Tensor | None,  # [num_heads]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[query_len, num_heads, head_size], and [query_len, num_heads] f32."""
+    num_keys, num_kv_heads, head_size = keys.shape
+    grouped = query.float().reshape(len(query), num_kv_heads, -1, head_size)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().reshape(num_kv_heads, -1, 1, 1)
+        scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
     # A row that sees nothing gives zeros, not the NaN of an empty softmax.
-    weights = weights.masked_fill(~visible, 0.0)
-    attended = torch.einsum("hgqk,khd->qhgd", weights, values.float())
-    return attended.flatten(1, 2).to(query.dtype)
+    weights = scores.softmax(-1)[..., :num_keys].masked_fill(~visible, 0.0)
+    attended = torch.einsum("hgqk,khd->qhgd", weights, values)
+    log_sums = scores.logsumexp(-1).permute(2, 0, 1)
+    return attended.flatten(1, 2).to(query.dtype), log_sums.flatten(1)

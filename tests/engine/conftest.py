@@ -57,6 +57,15 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "granite": lambda: transformers.GraniteConfig(
         **SHAPE, residual_multiplier=0.5, logits_scaling=0.5
     ),
+    # Every other layer has a window, and all of them have sinks.
+    "granite-sinks": lambda: transformers.GraniteConfig(
+        **SHAPE,
+        residual_multiplier=0.5,
+        logits_scaling=0.5,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        attention_sinks=True,
+    ),
     "mixtral": lambda: transformers.MixtralConfig(
         **SHAPE, num_local_experts=4, num_experts_per_tok=2
     ),
@@ -74,7 +83,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
             config = ARCHITECTURES[architecture]()
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
             directory = tmp_path_factory.mktemp(architecture)
-            model.float().save_pretrained(directory)
+            weights = model.float().state_dict()
+            if getattr(config, "attention_sinks", False):
+                # Transformers has no sinks in this architecture, vLLM has.
+                for layer in range(config.num_hidden_layers):
+                    name = f"model.layers.{layer}.self_attn.sinks"
+                    weights[name] = torch.linspace(-1, 3, config.num_attention_heads)
+            model.save_pretrained(directory, state_dict=weights)
             made[architecture] = str(directory)
         return made[architecture]
 

@@ -138,6 +138,11 @@ def exactness(monkeypatch):
     return checked
 
 
+def test_quantized_caches(model_path, prompts, check, acceptance):
+    check(model_path("llama"), prompts(3), max_tokens=12, kv_cache_dtype="fp8")
+    assert acceptance.off_first_branch > 0
+
+
 @pytest.mark.parametrize(
     "architecture", ["llama", "qwen3", "mistral", "gemma2", "mixtral"]
 )

@@ -61,6 +61,37 @@ def test_every_architecture_keeps_its_tokens(
     assert max(acceptance.lengths) > 2
 
 
+def test_attention_sinks(model_path, prompts, check, start, acceptance):
+    engine = check(model_path("granite-sinks"), prompts(), nodes=12, max_tokens=32)
+    assert acceptance.off_first_branch > 0
+    # The sinks matter: they were loaded, and tokens depend on them.
+    layers = engine.runner.model.model.layers
+    assert all(layer.self_attn.sinks.max() == 3 for layer in layers)
+    before = engine.greedy(prompts(), 32)
+    for layer in layers:
+        layer.self_attn.sinks.fill_(-torch.inf)
+    assert engine.greedy(prompts(), 32) != before
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_quantized_caches(
+    kv_cache_dtype, kernels, model_path, prompts, check, acceptance
+):
+    engine = check(
+        model_path("llama"),
+        prompts(3, longest=30),
+        max_tokens=12,
+        tree={"kernels": kernels},
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    caches = [
+        layer.self_attn.attn.kv_cache for layer in engine.runner.model.model.layers
+    ]
+    assert {cache.element_size() for cache in caches} == {1}
+    assert acceptance.off_first_branch > 0
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_interpreted_triton_kernels_keep_their_tokens(
     architecture, model_path, prompts, check, acceptance

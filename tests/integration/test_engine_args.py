@@ -63,7 +63,10 @@ def test_other_methods_and_none_are_left_alone():
     [
         ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker': treespec brings its"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: must be 1"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': use 'auto'"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            "kv_cache_dtype='int8_per_token_head': use one of auto, float16",
+        ),
         (
             {"kv_sharing_fast_prefill": True},
             "kv_sharing_fast_prefill=True: switch it off",

@@ -1,11 +1,17 @@
 """kernels/tree_attention.py against its reference, and that against plain Python."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from vllm_treespec.kernels.attention_plan import (
+    MIN_SEGMENT_KEYS,
+    SplitBuffers,
+    default_tiles,
+)
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.trees import chain_parents, random_parents
@@ -115,6 +121,7 @@ def make_batch(
     head_size: int = 32,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,  # else dtype
     sliding_window: int = 1 << 20,  # keys that leave it are poisoned
     num_padding: int = 0,
 ) -> Batch:
@@ -133,12 +140,12 @@ def make_batch(
         packed = torch.randn(
             request.seq_len, num_kv_heads, 2 * head_size, generator=gen
         )
-        packed = packed.to(dtype)
+        packed = packed.to(cache_dtype or dtype).float()
         packed[: max(0, request.num_context - sliding_window + 1)] = NAN
         blocks = order[row]
         block_table[row, : len(blocks)] = blocks
         slots = torch.arange(request.seq_len)
-        cache[blocks[slots // block_size], :, slots % block_size] = packed.float()
+        cache[blocks[slots // block_size], :, slots % block_size] = packed
         keys.append(packed[..., :head_size])
         values.append(packed[..., head_size:])
         if len(request.parents) > 1:
@@ -149,7 +156,7 @@ def make_batch(
     shape = (num_tokens + num_padding, num_kv_heads * group, head_size)
     query = torch.randn(shape, generator=gen)
     query[num_tokens:] = NAN
-    cache = cache.to(dtype).to(device)
+    cache = cache.to(cache_dtype or dtype).to(device)
     arguments = {
         "query": query.to(dtype),
         "output": torch.full(shape, UNTOUCHED, dtype=dtype),
@@ -204,6 +211,24 @@ def grow(
         now = Batch(batch.requests, step, batch.keys, batch.values)
         output[rows] = now.run(attention, **options)
     return output
+
+
+def split_among(batch: Batch, num_segments: int) -> SplitBuffers:
+    """Scratch that cuts this batch into as many segments, whatever its contexts."""
+    table = batch.arguments["block_table"]
+    block_size = batch.arguments["key_cache"].shape[2]
+    width = -(-num_segments * MIN_SEGMENT_KEYS // block_size)
+    wide = table[:, -1:].repeat(1, max(width, table.shape[1]))
+    wide[:, : table.shape[1]] = table
+    batch.arguments["block_table"] = wide
+    num_tokens, num_heads, _ = batch.arguments["query"].shape
+    num_rows = num_tokens * num_heads * num_segments
+    return SplitBuffers(
+        num_sms=1 << 20,
+        weighted=torch.empty(num_rows * 256, device=table.device),
+        peaks=torch.empty(num_rows, device=table.device),
+        totals=torch.empty(num_rows, device=table.device),
+    )
 
 
 def naive(batch: Batch, sliding_window: int, soft_cap: float) -> torch.Tensor:
@@ -277,6 +302,48 @@ def test_every_group_size(group: int, device: torch.device):
     make_batch(MIXED, device, num_kv_heads=1, group=group).check()
 
 
+SCALES = {"key_scale": torch.tensor(0.5), "value_scale": torch.tensor([3.0])}
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("cache_dtype", FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantized_caches(
+    cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+):
+    batch = make_batch(
+        MIXED, device, num_kv_heads=1, dtype=dtype, cache_dtype=cache_dtype
+    )
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (3e-3, 6e-3)
+    batch.check(rtol, atol, **on(device, SCALES))
+    split = split_among(batch, 3)
+    batch.check(rtol, atol, soft_cap=0.3, split=split, **on(device, SCALES))
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_scales_multiply_what_is_stored(attention: Any, device: torch.device):
+    options = {"cache_dtype": torch.float8_e4m3fn, "num_kv_heads": 1}
+    batch = make_batch(MIXED[:3], device, **options)
+    output = batch.run(attention, soft_cap=2.0, **on(device, SCALES))
+    batch.keys = [keys * 0.5 for keys in batch.keys]
+    batch.values = [values * 3.0 for values in batch.values]
+    expected = naive(batch, 1 << 20, 2.0)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_another_half_precision(device: torch.device):
+    batch = make_batch(
+        MIXED[:3], device, dtype=torch.float16, cache_dtype=torch.bfloat16
+    )
+    batch.check(rtol=2e-3, atol=2e-3)
+
+
 def test_half_precision(device: torch.device):
     batch = make_batch(MIXED, device, dtype=torch.float16)
     batch.check(rtol=2e-3, atol=2e-3)
@@ -288,6 +355,18 @@ def test_half_precision(device: torch.device):
 def test_masks_of_many_words(num_nodes: int, num_context: int, device: torch.device):
     request = Request(num_context, 0, tree(num_nodes, seed=num_nodes))
     make_batch([request], device, num_kv_heads=1, group=1).check()
+
+
+# 128 keys are more than a block; 16 fewer than a mask word.
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 128), (64, 16), (128, 64)])
+def test_tiles_of_any_size(block_m: int, block_n: int, device: torch.device):
+    tiles = default_tiles(1, 4, 32, 4)._replace(
+        block_m=block_m, block_q=block_m // 4, block_n=block_n
+    )
+    requests = [Request(300, 0, tree(33)), Request(0, 0, [-1]), Request(20, 40, [])]
+    batch = make_batch(requests, device, num_kv_heads=1, group=4, sliding_window=90)
+    batch.check(tiles=tiles, sliding_window=90)
+    batch.check(tiles=tiles, sliding_window=90, split=split_among(batch, 3))
 
 
 def test_a_tree_of_a_thousand_nodes(device: torch.device):
@@ -310,6 +389,130 @@ def test_soft_cap_bounds_every_score(device: torch.device):
     # A cap of almost nothing makes all scores equal: the mean of what is seen.
     root = batch.run(tree_attention, soft_cap=1e-6)[0, 0]
     torch.testing.assert_close(root.cpu(), batch.values[0][:38, 0].mean(0))
+
+
+@pytest.mark.parametrize("num_segments", [1, 4])
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_sinks_and_log_sums(
+    num_segments: int, sliding_window: int | None, device: torch.device
+):
+    batch = make_batch(
+        MIXED, device, num_padding=3, sliding_window=sliding_window or 1 << 20
+    )
+    sinks = torch.tensor([-2.0, 0.0, 1.5, 30.0], device=device)
+    split = split_among(batch, num_segments)
+    shape = batch.arguments["query"].shape[:2]
+    for options in ({}, {"sinks": sinks}, {"sinks": sinks.half(), "soft_cap": 0.5}):
+        log_sums = torch.full((2, *shape), UNTOUCHED, device=device)
+        outputs = [
+            batch.run(
+                attention,
+                sliding_window=sliding_window,
+                split=split,
+                log_sums=out,
+                **options,
+            )
+            for attention, out in zip(
+                (tree_attention, reference), log_sums, strict=True
+            )
+        ]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(*log_sums, rtol=1e-5, atol=2e-6)
+        assert (log_sums[:, -3:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize(
+    "attention", [tree_attention, reference], ids=["triton", "reference"]
+)
+def test_a_sink_is_a_key_whose_value_is_nothing(attention: Any, device: torch.device):
+    batch = make_batch([Request(20, 0, [-1])], device, num_kv_heads=1, group=2)
+    sinks = torch.tensor([0.0, 3.0], device=device)
+    log_sums = torch.empty(1, 2, device=device)
+    output = batch.run(attention, scale=0.0, sinks=sinks, log_sums=log_sums)
+    total = 21 + sinks.exp()
+    expected = batch.values[0][:, 0].sum(0).to(device) / total[:, None]
+    torch.testing.assert_close(output[0], expected)
+    torch.testing.assert_close(log_sums[0], total.log())
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_scores_far_below_zero_keep_their_weights(
+    num_segments: int, device: torch.device
+):
+    batch = make_batch([Request(70, 0, [-1])], device, num_kv_heads=1)
+    batch.arguments["query"].fill_(40.0)
+    batch.arguments["key_cache"].fill_(-40.0)
+    log_sums = torch.empty(1, 2, device=device)
+    output = batch.run(
+        tree_attention, split=split_among(batch, num_segments), log_sums=log_sums
+    )
+    mean = batch.values[0][:, 0].mean(0).to(device)
+    torch.testing.assert_close(output[0], mean.expand(2, -1))
+    expected = math.log(71) - 40 * 40 * 32**0.5
+    torch.testing.assert_close(log_sums, torch.full_like(log_sums, expected))
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_a_row_that_sees_a_sink_alone(num_segments: int, device: torch.device):
+    batch = make_batch([Request(30, 0, chain(3))], device, sliding_window=1)
+    batch.arguments["masks"][0, 1] = 0
+    sinks = torch.tensor([-40.0, 0.0, 1.0, 50.0], device=device)
+    log_sums = torch.empty(3, 4, device=device)
+    split = split_among(batch, num_segments)
+    output = batch.run(
+        tree_attention, sliding_window=1, split=split, sinks=sinks, log_sums=log_sums
+    )
+    assert (output[1] == 0).all()
+    torch.testing.assert_close(log_sums[1], sinks)
+    batch.run(tree_attention, sliding_window=1, split=split, log_sums=log_sums)
+    assert (log_sums[1] == -torch.inf).all()
+
+
+def test_parts_of_the_keys_merge_by_their_log_sums(device: torch.device):
+    """The context by itself, the tree by itself as a cache of one block a request."""
+    parents = tree(9)
+    batch = make_batch([Request(40, 0, parents)], device, num_kv_heads=1)
+    expected = batch.run(reference)
+    whole = batch.arguments
+    log_sums = torch.empty(2, *expected.shape[:2], device=device)
+    # A chain of the context's keys alone, of which every row is the last.
+    outputs = [torch.empty_like(expected), torch.empty_like(expected)]
+    for row in range(len(parents)):
+        tree_attention(
+            **whole
+            | {
+                "query": whole["query"][row : row + 1],
+                "output": outputs[0][row : row + 1],
+                "query_start_loc": whole["query_start_loc"].new_tensor([0, 1]),
+                "seq_lens": whole["seq_lens"].new_tensor([40]),
+                "num_nodes": torch.zeros_like(whole["num_nodes"]),
+            },
+            max_query_len=1,
+            scale=32**-0.5,
+            sliding_window=None,
+            soft_cap=None,
+            log_sums=log_sums[0, row : row + 1],
+        )
+    tree_keys = batch.keys[0][40:].to(device).transpose(0, 1)[None]
+    tree_values = batch.values[0][40:].to(device).transpose(0, 1)[None]
+    tree_attention(
+        **whole
+        | {
+            "output": outputs[1],
+            "key_cache": tree_keys.contiguous(),
+            "value_cache": tree_values.contiguous(),
+            "block_table": whole["block_table"].new_zeros(1, 1),
+            "seq_lens": whole["seq_lens"].new_tensor([9]),
+        },
+        max_query_len=9,
+        scale=32**-0.5,
+        sliding_window=None,
+        soft_cap=None,
+        log_sums=log_sums[1],
+    )
+    weights = log_sums.softmax(0)[..., None]
+    merged = (torch.stack(outputs) * weights).sum(0)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_siblings_do_not_see_each_other(device: torch.device):
@@ -415,6 +618,68 @@ def test_max_query_len_only_sizes_the_tiles(device: torch.device):
     for max_query_len in (1, 4, 16, 1000):
         output = batch.run(tree_attention, max_query_len=max_query_len)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_segments", [2, 7])
+@pytest.mark.parametrize("sliding_window", [None, 40, 1])
+def test_segments_add_up(
+    num_segments: int, sliding_window: int | None, device: torch.device
+):
+    batch = make_batch(
+        [*MIXED, Request(200, 0, tree(50))],
+        device,
+        num_kv_heads=1,
+        group=3,
+        head_size=48,
+        sliding_window=sliding_window or 1 << 20,
+        num_padding=5,
+    )
+    split = split_among(batch, num_segments)
+    batch.check(sliding_window=sliding_window, split=split, soft_cap=0.3)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("num_context", [0, 1, 64, 130])
+def test_segments_of_every_tree(num_nodes: int, num_context: int, device: torch.device):
+    request = Request(num_context, 0, tree(num_nodes))
+    batch = make_batch([request], device, num_kv_heads=1, group=1, block_size=64)
+    batch.check(split=split_among(batch, 3))
+
+
+def test_one_segment_per_tile_and_more(device: torch.device):
+    # 4 tiles before the root and one of the tree; most segments see no key at all.
+    batch = make_batch([Request(256, 0, SMALL_TREE)], device, num_kv_heads=1)
+    batch.check(split=split_among(batch, 5))
+    batch.check(split=split_among(batch, 20))
+
+
+def test_a_segment_of_which_a_row_sees_nothing(device: torch.device):
+    # Of the tree's words some rows see one only; with a window most rows lose others.
+    star = [-1, *[0] * 99]
+    batch = make_batch(
+        [Request(130, 0, star)], device, num_kv_heads=1, group=1, sliding_window=20
+    )
+    batch.check(sliding_window=20, split=split_among(batch, 4))
+    batch.check(sliding_window=2, split=split_among(batch, 4))
+
+
+def test_a_row_that_sees_nothing_in_any_segment_gives_zeros(device: torch.device):
+    batch = make_batch([Request(30, 0, chain(3))], device, sliding_window=1)
+    batch.arguments["masks"][0, 1] = 0
+    split = split_among(batch, 4)
+    output = batch.run(tree_attention, sliding_window=1, split=split)
+    assert (output[1] == 0).all()
+    assert output.isfinite().all()
+
+
+def test_padding_stays_untouched_when_split(device: torch.device):
+    batch = make_batch(MIXED, device, num_kv_heads=1, num_padding=40)
+    split = split_among(batch, 3)
+    for tensor in (split.weighted, split.peaks, split.totals):
+        tensor.fill_(1.0)  # as a larger batch leaves it
+    output = batch.run(tree_attention, split=split)
+    assert (output[-40:] == UNTOUCHED).all()
+    batch.check(split=split)
 
 
 SMALL_TREES = [
@@ -535,6 +800,23 @@ def test_reads_views_of_wider_buffers(device: torch.device):
         ({"output": torch.zeros(5, 4, 16)}, "like the query"),
         ({"value_cache": torch.zeros(1, 2, 16, 64)}, "head size, 32"),
         ({"key_cache": torch.zeros(4, 2, 16, 32).half()}, "one dtype"),
+        (
+            {
+                "key_cache": torch.zeros(4, 2, 16, 32).byte(),
+                "value_cache": torch.zeros(4, 2, 16, 32).byte(),
+            },
+            "view quantized bytes",
+        ),
+        (
+            {
+                "key_cache": torch.zeros(4, 2, 16, 32).to(torch.float8_e5m2),
+                "value_cache": torch.zeros(4, 2, 16, 32).to(torch.float8_e5m2),
+            },
+            "pass key_scale and value_scale",
+        ),
+        ({"sinks": torch.zeros(2)}, "each of 4 query heads"),
+        ({"log_sums": torch.zeros(6, 2)}, r"need \(6, 4\)"),
+        ({"key_scale": torch.ones(2)}, "one element each"),
         ({"masks": torch.zeros(2, 40, 1), "depths": torch.zeros(2, 40)}, "32 in a"),
     ],
 )

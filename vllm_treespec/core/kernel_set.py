@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.kernels.attention_plan import SplitBuffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,12 @@ def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:
     on_gpu = device.type != "cpu"
     wants_triton = config.kernels == "triton" or (config.kernels == "auto" and on_gpu)
     package = "kernels" if wants_triton else "kernels.reference"
-    return KernelSet(**{name: _load(package, name) for name in KernelSet.__slots__})
+    kernels = {name: _load(package, name) for name in KernelSet.__slots__}
+    if wants_triton:
+        kernels["tree_attention"] = partial(
+            kernels["tree_attention"], split=SplitBuffers.allocate(device)
+        )
+    return KernelSet(**kernels)
 
 
 def _load(package: str, name: str) -> Any:

@@ -18,6 +18,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm_treespec.config import ConfigError
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.kernel_set import KernelSet
+from vllm_treespec.integration.engine_args import CACHE_DTYPES, FP8_CACHES
 
 # Backends are named by path, because a file of the other platform cannot be imported.
 _CPU = "vllm_treespec.integration.attention_cpu.TreeAttentionBackend"
@@ -40,6 +41,9 @@ class TreeForward:
 
     head_size: int
     scale: float
+    kv_cache_dtype: str
+    fp8_dtype: torch.dtype  # what a quantized cache's bytes are
+    sinks: torch.Tensor | None  # [num_heads]
     _kernels: KernelSet
     _batch: BatchTrees
 
@@ -61,6 +65,7 @@ class TreeForward:
         self._window = sliding_window
         soft_cap = self.logits_soft_cap  # type: ignore[attr-defined]  # of the host
         self._soft_cap = soft_cap if soft_cap else None
+        self._is_quantized = self.kv_cache_dtype in FP8_CACHES
 
     def forward(
         self,
@@ -77,6 +82,10 @@ class TreeForward:
         if attn_metadata is None:  # a profiling run has no keys to see
             return output.fill_(0)
         assert output_scale is None, "fused output quantization is not announced"
+        scales: dict[str, Any] = {}
+        if self._is_quantized:
+            kv_cache = kv_cache.view(self.fp8_dtype)
+            scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
         key_cache = kv_cache[..., : self.head_size]
         value_cache = kv_cache[..., self.head_size :]
         batch = getattr(attn_metadata, "trees", None) or self._batch
@@ -95,6 +104,8 @@ class TreeForward:
             scale=self.scale,
             sliding_window=self._window,
             soft_cap=self._soft_cap,
+            sinks=self.sinks,
+            **scales,
         )
         return output
 
@@ -105,7 +116,7 @@ def bind_layer(name: str, layer: Any, kernels: KernelSet, batch: BatchTrees) -> 
     Raises:
         ConfigError: if it is not plain causal attention.
     """
-    # Subclasses chunk, cross or sink: their metadata describe no tree.
+    # Subclasses chunk or cross: their metadata describe no tree.
     if type(layer) is not Attention or not isinstance(layer.impl, TreeForward):
         raise ConfigError(
             f"layer {name} is a {type(layer).__name__}, which does not know trees"
@@ -118,8 +129,11 @@ def _missing_features(impl: Any) -> Iterable[str]:
         yield f"attention type {impl.attn_type!r} is not causal decoding"
     if impl.alibi_slopes is not None:
         yield "ALiBi biases are not supported on trees"
-    if impl.sinks is not None:
-        yield "attention sinks are not supported on trees"
+    if impl.kv_cache_dtype not in CACHE_DTYPES:
+        yield (
+            f"a KV cache of {impl.kv_cache_dtype!r} has no tree kernel, "
+            f"use one of {', '.join(CACHE_DTYPES)}"
+        )
 
 
 @contextmanager

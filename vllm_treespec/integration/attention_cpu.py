@@ -36,9 +36,14 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
 
 
 class TreeAttentionImpl(TreeForward, CPUAttentionBackendImpl):
+    @property
+    def fp8_dtype(self) -> torch.dtype:  # type: ignore[override]
+        is_e5m2 = self.kv_cache_dtype == "fp8_e5m2"
+        return torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn
+
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
         value: torch.Tensor,
         kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -48,8 +53,21 @@ class TreeAttentionImpl(TreeForward, CPUAttentionBackendImpl):
         used = slot_mapping[: key.shape[0]] >= 0
         slots = slot_mapping[: key.shape[0]][used]
         block_size = kv_cache.shape[2]
-        rows = torch.cat([key[used], value[used]], dim=-1).to(kv_cache.dtype)
+        key, value = key[used], value[used]
+        if self._is_quantized:
+            key = _quantize(key / layer._k_scale, self.fp8_dtype)
+            value = _quantize(value / layer._v_scale, self.fp8_dtype)
+        rows = torch.cat([key, value], dim=-1).to(kv_cache.dtype)
         kv_cache[slots // block_size, :, slots % block_size] = rows
+
+
+def _quantize(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes that vLLM's CPU kernel stores: saturated, and rounded towards zero."""
+    most = torch.finfo(dtype).max
+    numbers = numbers.float().clamp(-most, most)
+    nearest = numbers.to(dtype)
+    is_above = nearest.float().abs() > numbers.abs()
+    return nearest.view(torch.uint8) - is_above.to(torch.uint8)
 
 
 class TreeAttentionBackend(CPUAttentionBackend):

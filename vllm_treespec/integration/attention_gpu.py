@@ -13,6 +13,11 @@ from vllm_treespec.integration.attention import TreeForward
 
 
 class TreeAttentionImpl(TreeForward, TritonAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Else vLLM quantizes queries where it quantizes the cache.
+        self.supports_quant_query_input = False
+
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
 
@@ -25,10 +30,6 @@ class TreeAttentionBackend(TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[TreeAttentionImpl]:
         return TreeAttentionImpl
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return False
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:

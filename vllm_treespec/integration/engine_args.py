@@ -19,6 +19,10 @@ WORKER = "vllm_treespec.integration.worker.TreeWorker"
 # speculator is replaced before it is used.
 NATIVE_METHOD = "ngram_gpu"
 
+FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+# Of vLLM's kv_cache_dtype: the others keep scales among the keys and values.
+CACHE_DTYPES = ("auto", "float16", "bfloat16", *FP8_CACHES)
+
 
 def wrap_create_engine_config(
     original: Callable[..., VllmConfig],
@@ -145,8 +149,8 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.watermark_config is not None:
         yield "watermark_config: watermarks are not defined on trees"
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float16", "bfloat16"):
-        yield f"kv_cache_dtype={cache_dtype!r}: use 'auto'"
+    if cache_dtype not in CACHE_DTYPES:
+        yield f"kv_cache_dtype={cache_dtype!r}: use one of {', '.join(CACHE_DTYPES)}"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill=True: switch it off"
     if model.is_encoder_decoder:

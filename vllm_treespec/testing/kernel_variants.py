@@ -1,0 +1,433 @@
+"""Every variant of every kernel, as its wrapper launches it on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from vllm_treespec.kernels.attention_plan import TileSizes, default_tiles
+from vllm_treespec.kernels.compact_kv import chunk_size
+
+# A string is a run-time type, anything else the value of a constexpr or an option.
+Arguments = dict[str, Any]
+
+
+def tree_attention(dtype: str, group: int, head_size: int, **changes: Any) -> Arguments:
+    element_size = 4 if dtype == "fp32" else 2
+    rows = changes.pop("max_query_len", 33) * group
+    tiles = default_tiles(rows, group, head_size, element_size)
+    return attention_of(tiles, dtype, group, head_size) | changes
+
+
+def attention_of(
+    tiles: TileSizes, dtype: str, group: int, head_size: int, cache: str | None = None
+) -> Arguments:
+    scale = None if cache is None else "*fp32"
+    return {
+        "query_ptr": f"*{dtype}",
+        "query_stride_token": "i32",
+        "query_stride_head": "i32",
+        "key_ptr": f"*{cache or dtype}",
+        "key_stride_block": "i32",
+        "key_stride_head": "i32",
+        "key_stride_slot": "i32",
+        "value_ptr": f"*{cache or dtype}",
+        "value_stride_block": "i32",
+        "value_stride_head": "i32",
+        "value_stride_slot": "i32",
+        "output_ptr": f"*{dtype}",
+        "output_stride_token": "i32",
+        "output_stride_head": "i32",
+        "log_sums_ptr": None,
+        "log_sums_stride": "i32",
+        "sinks_ptr": None,
+        "key_scale_ptr": scale,
+        "value_scale_ptr": scale,
+        "query_start_loc_ptr": "*i32",
+        "seq_lens_ptr": "*i32",
+        "block_table_ptr": "*i32",
+        "block_table_stride": "i32",
+        "num_nodes_ptr": "*i32",
+        "depths_ptr": "*i32",
+        "depths_stride": "i32",
+        "masks_ptr": "*i32",
+        "masks_stride_req": "i32",
+        "masks_stride_node": "i32",
+        "weighted_ptr": None,
+        "peaks_ptr": None,
+        "totals_ptr": None,
+        "num_reqs": "i32",
+        "scale": "fp32",
+        "GROUP": group,
+        "HEAD_SIZE": head_size,
+        "HEAD_SIZE_PADDED": tiles.head_size_padded,
+        "BLOCK_SIZE": 16,
+        "SLIDING_WINDOW": 0,
+        "SOFT_CAP": 0.0,
+        "BLOCK_Q": tiles.block_q,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def quantized(cache: str, dtype: str, **changes: Any) -> Arguments:
+    tiles = default_tiles(132, 4, 128, 2)
+    return attention_of(tiles, dtype, 4, 128, cache) | changes
+
+
+SPLIT = {"weighted_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+
+
+def merge_segments(dtype: str, head_size: int, segments: int) -> Arguments:
+    return SPLIT | {
+        "output_ptr": f"*{dtype}",
+        "output_stride_token": "i32",
+        "output_stride_head": "i32",
+        "log_sums_ptr": None,
+        "log_sums_stride": "i32",
+        "sinks_ptr": None,
+        "query_start_loc_ptr": "*i32",
+        "num_reqs": "i32",
+        "num_segments": "i32",
+        "HEAD_SIZE": head_size,
+        "HEAD_SIZE_PADDED": head_size,
+        "SEGMENTS_PADDED": segments,
+    }
+
+
+def compact_kv(word: tl.dtype, row_words: int) -> Arguments:
+    return {
+        "layers_ptr": "*i64",
+        "slots_ptr": "*i32",
+        "root_positions_ptr": "*i32",
+        "paths_ptr": "*i32",
+        "paths_stride": "i32",
+        "path_lens_ptr": "*i32",
+        "WORD": word,
+        "ROW_WORDS_PADDED": row_words,
+        "CHUNK": chunk_size(row_words),
+    }
+
+
+def int32_arguments(*names: str, **others: Any) -> Arguments:
+    int32s = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+    return int32s | others
+
+
+def ancestor_mask(block_words: int, slots: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "parents_ptr",
+        "parents_stride",
+        "num_nodes_ptr",
+        "depths_ptr",
+        "depths_stride",
+        "masks_ptr",
+        "masks_slot_stride",
+        "masks_node_stride",
+        "num_words",
+        slots_ptr=slots,
+        BLOCK_NODES=64,
+        BLOCK_WORDS=block_words,
+    )
+
+
+def gather_positions(block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "query_start_loc_ptr",
+        "num_nodes_ptr",
+        "depths_ptr",
+        "depths_stride",
+        "row_num_nodes_ptr",
+        "row_depths_ptr",
+        "row_depths_stride",
+        "root_positions_ptr",
+        "num_reqs",
+        positions_ptr="*i64",
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def gather_masks(block_words: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "num_nodes_ptr",
+        "masks_ptr",
+        "masks_slot_stride",
+        "masks_node_stride",
+        "row_masks_ptr",
+        "row_masks_row_stride",
+        "row_masks_node_stride",
+        "num_words",
+        BLOCK_NODES=64,
+        BLOCK_WORDS=block_words,
+    )
+
+
+def walk_tree(block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "cu_num_logits_ptr",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "num_nodes_ptr",
+        "sampled_stride",
+        "num_sampled_ptr",
+        "paths_ptr",
+        "paths_stride",
+        "path_lens_ptr",
+        "max_num_nodes",
+        target_ids_ptr="*i64",
+        sampled_ptr="*i64",
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def merge_candidates(block_candidates: int, block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "token_ids_ptr",
+        "token_ids_proposer_stride",
+        "token_ids_req_stride",
+        "parents_ptr",
+        "parents_proposer_stride",
+        "parents_req_stride",
+        "scores_proposer_stride",
+        "scores_req_stride",
+        "num_candidates_ptr",
+        "num_candidates_stride",
+        "merged_token_ids_ptr",
+        "merged_parents_ptr",
+        "merged_proposers_ptr",
+        "merged_stride",
+        "num_merged_ptr",
+        "num_proposers",
+        scores_ptr="*fp32",
+        merged_scores_ptr="*fp32",
+        BLOCK_CANDIDATES=block_candidates,
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def select_nodes(
+    block_candidates: int, block_drafts: int, chain_only: str = "*i1"
+) -> Arguments:
+    return int32_arguments(
+        "slots_ptr",
+        "token_ids_ptr",
+        "parents_ptr",
+        "proposers_ptr",
+        "candidates_stride",
+        "num_candidates_ptr",
+        "budgets_ptr",
+        "tree_token_ids_ptr",
+        "tree_parents_ptr",
+        "tree_proposers_ptr",
+        "tree_stride",
+        "tree_num_nodes_ptr",
+        "draft_tokens_stride",
+        "max_num_drafts",
+        scores_ptr="*fp32",
+        chain_only_ptr=chain_only,
+        draft_tokens_ptr="*i64",
+        BLOCK_CANDIDATES=block_candidates,
+        BLOCK_DRAFTS=block_drafts,
+    )
+
+
+def label_candidates(block_candidates: int, emitted: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "token_ids_ptr",
+        "token_ids_proposer_stride",
+        "token_ids_row_stride",
+        "parents_ptr",
+        "parents_proposer_stride",
+        "parents_row_stride",
+        "num_candidates_ptr",
+        "num_candidates_stride",
+        "emitted_stride",
+        "num_emitted_ptr",
+        "labels_proposer_stride",
+        "labels_row_stride",
+        "max_num_candidates",
+        emitted_ptr=emitted,
+        labels_ptr="*i8",
+        BLOCK_CANDIDATES=block_candidates,
+    )
+
+
+def perturb_logits(logits: str = "*fp32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "positions_ptr",
+        "first_node",
+        "num_rows",
+        "noisy_stride",
+        "vocab_size",
+        logits_ptr=logits,
+        temperatures_ptr="*fp32",
+        seeds_ptr="*i64",
+        is_drawn_ptr="*i1",
+        noisy_ptr="*fp32",
+        SALT=0x51AB3D27,
+        BLOCK_VOCAB=4096,
+    )
+
+
+def penalize_paths(vector: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "prompt_masks_ptr",
+        "prompt_masks_stride",
+        "output_counts_ptr",
+        "output_counts_stride",
+        "vocab_size",
+        logits_ptr="*fp32",
+        slots_ptr=vector,
+        nodes_ptr=vector,
+        repetition_ptr="*fp32",
+        frequency_ptr="*fp32",
+        presence_ptr="*fp32",
+        BLOCK_SIZE=8192,
+    )
+
+
+def ban_words(vector: str = "*i32") -> Arguments:
+    return int32_arguments(
+        "logits_stride",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "parents_ptr",
+        "parents_stride",
+        "word_token_ids_ptr",
+        "word_token_ids_stride",
+        "word_starts_ptr",
+        "word_starts_stride",
+        "num_words_ptr",
+        "all_token_ids_ptr",
+        "all_token_ids_stride",
+        "prompt_lens_ptr",
+        "total_lens_ptr",
+        logits_ptr="*fp32",
+        slots_ptr=vector,
+        nodes_ptr=vector,
+    )
+
+
+def walk_drawn(
+    block_nodes: int, block_vocab: int = 4096, draft: str = "*bf16", **others: Any
+) -> Arguments:
+    return int32_arguments(
+        "cu_num_logits_ptr",
+        "target_logits_stride",
+        "sources_ptr",
+        "drawn_ptr",
+        "token_ids_ptr",
+        "parents_ptr",
+        "num_nodes_ptr",
+        "num_sampled_ptr",
+        "path_nodes_ptr",
+        "path_lengths_ptr",
+        "num_reqs",
+        "max_num_nodes",
+        "vocab_size",
+        slots_ptr="*i64",
+        target_logits_ptr="*fp32",
+        draft_logits_ptr=draft,
+        temperatures_ptr="*fp32",
+        seeds_ptr="*i64",
+        positions_ptr="*i64",
+        sampled_ptr="*i64",
+        BLOCK_REQS=max(4096 // max(block_nodes, block_vocab), 1),
+        BLOCK_NODES=block_nodes,
+        BLOCK_VOCAB=block_vocab,
+        **others,
+    )
+
+
+# "module:kernel variant" -> its arguments as the wrapper passes them.
+SIGNATURES: dict[str, Arguments] = {
+    "compact_kv:_compact_kv_kernel 8-byte words": compact_kv(tl.int64, 64),
+    "compact_kv:_compact_kv_kernel 1-byte words": compact_kv(tl.int8, 2048),
+    "tree_attention:_tree_attention_kernel bf16": tree_attention("bf16", 4, 128),
+    "tree_attention:_tree_attention_kernel fp16 window": tree_attention(
+        "fp16", 3, 80, SLIDING_WINDOW=4096
+    ),
+    "tree_attention:_tree_attention_kernel bf16 wide window soft-cap": tree_attention(
+        "bf16", 2, 256, SLIDING_WINDOW=4096, SOFT_CAP=72.1, BLOCK_SIZE=544
+    ),
+    "tree_attention:_tree_attention_kernel fp32": tree_attention("fp32", 7, 64),
+    "tree_attention:_tree_attention_kernel bf16 decode": tree_attention(
+        "bf16",
+        1,
+        64,
+        max_query_len=1,
+        key_stride_block="i64",
+        value_stride_block="i64",
+    ),
+    "tree_attention:_tree_attention_kernel bf16 split": tree_attention(
+        "bf16", 4, 128, **SPLIT
+    ),
+    "tree_attention:_tree_attention_kernel fp16 wide window soft-cap split": (
+        tree_attention("fp16", 2, 256, SLIDING_WINDOW=4096, SOFT_CAP=72.1, **SPLIT)
+    ),
+    "tree_attention:_tree_attention_kernel bf16 sinks": tree_attention(
+        "bf16", 8, 64, SLIDING_WINDOW=128, sinks_ptr="*bf16", log_sums_ptr="*fp32"
+    ),
+    "tree_attention:_tree_attention_kernel e4m3": quantized("fp8e4nv", "bf16"),
+    "tree_attention:_tree_attention_kernel e4m3 split sinks": quantized(
+        "fp8e4nv", "fp16", sinks_ptr="*fp16", **SPLIT
+    ),
+    "tree_attention:_tree_attention_kernel e5m2": quantized("fp8e5", "bf16"),
+    "tree_attention:_merge_segments_kernel sinks": merge_segments("bf16", 64, 8)
+    | {"sinks_ptr": "*bf16", "log_sums_ptr": "*fp32"},
+    "tree_attention:_merge_segments_kernel": merge_segments("bf16", 128, 16),
+    "tree_attention:_merge_segments_kernel most": merge_segments("fp16", 256, 64),
+    "ancestor_mask:_ancestor_mask_kernel 1025 nodes": ancestor_mask(64),
+    "ancestor_mask:_ancestor_mask_kernel long slots": ancestor_mask(2, slots="*i64"),
+    "gather_trees:_gather_positions_kernel": gather_positions(64),
+    "gather_trees:_gather_positions_kernel 1025 nodes": gather_positions(2048),
+    "gather_trees:_gather_masks_kernel": gather_masks(2),
+    "gather_trees:_gather_masks_kernel 1025 nodes": gather_masks(64),
+    "penalize_paths:_penalize_paths_kernel": penalize_paths(),
+    "penalize_paths:_penalize_paths_kernel long slots": penalize_paths("*i64"),
+    "ban_words:_ban_words_kernel": ban_words(),
+    "ban_words:_ban_words_kernel long slots": ban_words("*i64"),
+    "walk_tree:_walk_tree_kernel": walk_tree(64),
+    "walk_tree:_walk_tree_kernel 1025 nodes": walk_tree(2048),
+    "walk_without_replacement:_walk_down_kernel": walk_drawn(64, REPLACED=False),
+    "walk_without_replacement:_walk_down_kernel 1025 nodes": walk_drawn(
+        2048, REPLACED=False
+    ),
+    "walk_without_replacement:_walk_down_kernel small vocabulary": walk_drawn(
+        64, 512, "*fp32", REPLACED=False
+    ),
+    "walk_without_replacement:_walk_down_kernel iid": walk_drawn(
+        64, draft="*fp16", REPLACED=True
+    ),
+    "walk_traversal:_walk_traversal_kernel": walk_drawn(64),
+    "walk_traversal:_walk_traversal_kernel 1025 nodes": walk_drawn(2048),
+    "walk_traversal:_walk_traversal_kernel small vocabulary": walk_drawn(
+        64, 512, "*fp32"
+    ),
+    "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
+    "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
+    "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
+    "select_nodes:_select_nodes_kernel int flags": select_nodes(64, 1, "*i32"),
+    "select_nodes:_select_nodes_kernel 512 nodes": select_nodes(512, 1024),
+    "label_candidates:_label_candidates_kernel": label_candidates(64),
+    "label_candidates:_label_candidates_kernel short ids": label_candidates(32, "*i32"),
+    "label_candidates:_label_candidates_kernel 512 nodes": label_candidates(512),
+    "perturb_logits:_perturb_logits_kernel": perturb_logits(),
+    "perturb_logits:_perturb_logits_kernel bf16": perturb_logits("*bf16"),
+}
