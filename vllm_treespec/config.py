@@ -236,8 +236,9 @@ class RequestOptions:
 class TreeSpecConfig:
     """What ``--speculative-config '{"method": "treespec", ...}'`` says."""
 
-    num_speculative_tokens: int = 32
-    """Draft nodes verified per request and step, root excluded."""
+    num_speculative_tokens: int = 31
+    """Draft nodes verified per request and step, root excluded. With the root, 31 make
+    32 rows, and those of four heads the 128 that a tile of tree attention holds."""
 
     proposers: tuple[ProposerConfig, ...] = field(default=(SuffixConfig(),))
     """Where drafts come from; their trees are merged. Several draft models may be."""

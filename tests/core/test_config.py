@@ -14,7 +14,7 @@ from vllm_treespec.config import (
 
 def test_defaults_need_nothing_but_the_method():
     config = TreeSpecConfig.parse({"method": "treespec"})
-    assert config.num_speculative_tokens == 32
+    assert config.num_speculative_tokens == 31
     assert config.proposers == (SuffixConfig(),)
 
 
@@ -83,7 +83,7 @@ def draft(**options):
         (draft(model="small", branching=[2]), "branching: belongs to shape='static'"),
         (
             draft(model="small", shape="static", branching=[8, 8]),
-            "branching=[8, 8] makes 72 nodes: at most num_speculative_tokens=32",
+            "branching=[8, 8] makes 72 nodes: at most num_speculative_tokens=31",
         ),
         (draft(model="s", shape="static", branching=3), "branching=3: must be a list"),
         (draft(model="s", shape="static", branching=[0]), "branching[0]=0: must be in"),
@@ -211,7 +211,7 @@ def both(**tree) -> TreeSpecConfig:
     [
         (None, 8, ("ngram",)),
         ({"somebody": "else's"}, 8, ("ngram",)),
-        ({"treespec_max_nodes": 32}, 32, ("ngram",)),
+        ({"treespec_max_nodes": 31}, 31, ("ngram",)),
         ({"treespec_max_nodes": 0}, 0, ("ngram",)),
         ({"treespec_proposers": "suffix"}, 8, ("suffix",)),
         ({"treespec_proposers": ["ngram", "suffix"]}, 8, ("ngram", "suffix")),
@@ -229,14 +229,14 @@ def test_requests_get_what_they_ask_for_else_the_defaults(
 
 def test_without_defaults_requests_get_everything():
     options = both().for_request({})
-    assert (options.max_nodes, options.proposers) == (32, ("suffix", "ngram"))
+    assert (options.max_nodes, options.proposers) == (31, ("suffix", "ngram"))
 
 
 @pytest.mark.parametrize(
     ("extra_args", "message"),
     [
-        ({"treespec_max_nodes": 33}, "treespec_max_nodes=33: must be in [0, 32]"),
-        ({"treespec_max_nodes": -1}, "treespec_max_nodes=-1: must be in [0, 32]"),
+        ({"treespec_max_nodes": 33}, "treespec_max_nodes=33: must be in [0, 31]"),
+        ({"treespec_max_nodes": -1}, "treespec_max_nodes=-1: must be in [0, 31]"),
         ({"treespec_max_nodes": "8"}, "treespec_max_nodes='8': must be an integer"),
         ({"treespec_max_nodes": True}, "treespec_max_nodes=True: must be an integer"),
         (
@@ -260,7 +260,7 @@ def test_what_a_request_cannot_have_is_refused(extra_args, message):
 def test_defaults_obey_the_same_bounds():
     with pytest.raises(ConfigError) as error:
         both(request_defaults={"max_nodes": 64, "proposers": ["draft_model"]})
-    assert "tree.request_defaults.max_nodes=64: must be in [0, 32]" in str(error.value)
+    assert "tree.request_defaults.max_nodes=64: must be in [0, 31]" in str(error.value)
     assert "'draft_model' is none of ['suffix', 'ngram']" in str(error.value)
 
 
@@ -268,5 +268,5 @@ def test_all_requests_share_at_least_the_rows_of_one_whole_tree():
     assert TreeSpecConfig().num_shared_rows == 256
     assert TreeSpecConfig(num_speculative_tokens=500).num_shared_rows == 501
     assert TreeSpecConfig(max_rows=33).num_shared_rows == 33
-    with pytest.raises(ConfigError, match=r"tree.max_rows=32: must be in \[33, "):
-        TreeSpecConfig(max_rows=32)
+    with pytest.raises(ConfigError, match=r"tree.max_rows=31: must be in \[32, "):
+        TreeSpecConfig(max_rows=31)

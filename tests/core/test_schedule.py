@@ -32,9 +32,9 @@ def test_every_batch_size_has_a_budget_that_fits_and_no_larger_tier_would(
 
 
 def test_the_documented_budgets():
-    assert nodes_by_batch_size(32, 256, 1024) == [
-        (1, 7, 32),
-        (8, 16, 15),
+    assert nodes_by_batch_size(31, 256, 1024) == [
+        (1, 8, 31),
+        (9, 16, 15),
         (17, 32, 7),
         (33, 64, 3),
         (65, 128, 1),

@@ -35,7 +35,7 @@ def make(speculative_config=None, **options):
 def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
     args, config = make(TREE, additional_config={"mine": 1})
     assert config.speculative_config.method == "ngram_gpu"
-    assert config.speculative_config.num_speculative_tokens == 32
+    assert config.speculative_config.num_speculative_tokens == 31
     assert config.parallel_config.worker_cls == WORKER
     assert config.additional_config["mine"] == 1
     assert from_vllm_config(config).proposers == (NgramConfig(),)

@@ -25,7 +25,7 @@ def test_check_prints_versions_seams_and_config(capsys):
 
 def test_check_needs_no_config(capsys):
     assert main(["check"]) == 0
-    assert '"num_speculative_tokens": 32' in capsys.readouterr().out
+    assert '"num_speculative_tokens": 31' in capsys.readouterr().out
 
 
 def test_a_wrong_config_is_an_error_exit(capsys):
