@@ -25,18 +25,18 @@ from vllm_treespec.core.propose.draft_tree import write_best
 # accepted tokens change by 1% from 0.3 to 0.6 of the former, from 0.3 to 0.7 of the latter.
 RATE = 0.45  # of what a row holds, replaced when its token is met again
 PICK_WEIGHT = 0.5  # of what is learned at a node, the picked token; logits tell the rest
+MAX_AGE = 4  # of a token's rows that one call learns: older ones weigh 1/10 of the newest
 NONE = -1
 LEAST_WEIGHT = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Successors:
-    """Per token what followed it, likeliest first. The last row is nobody's: what is
-    not to be learned goes there."""
+    """Per token what followed it, likeliest first. The last row is nobody's and stays
+    empty: what is not to be learned goes there."""
 
     token_ids: torch.Tensor  # [vocab_size + 1, k] int32, NONE: as yet unknown
     weights: torch.Tensor  # [vocab_size + 1, k] float32, at most 1 per row, 0: NONE
-    newest: torch.Tensor  # [vocab_size + 1] int64, NONE outside of ``learn``
 
     @classmethod
     def allocate(cls, vocab_size: int, k: int, device: torch.device) -> Successors:
@@ -44,12 +44,15 @@ class Successors:
         return cls(
             token_ids=torch.full(shape, NONE, dtype=torch.int32, device=device),
             weights=torch.zeros(shape, device=device),
-            newest=torch.full(shape[:1], NONE, dtype=torch.int64, device=device),
         )
 
     @property
+    def nobody(self) -> int:
+        return self.token_ids.shape[0] - 1
+
+    @property
     def num_bytes(self) -> int:
-        tensors = (self.token_ids, self.weights, self.newest)
+        tensors = (self.token_ids, self.weights)
         return sum(each.numel() * each.element_size() for each in tensors)
 
     def clear(self) -> None:
@@ -58,32 +61,40 @@ class Successors:
 
     def learn(
         self,
-        token_ids: torch.Tensor,  # [num_rows] int64, vocab_size: learn nothing
-        successors: torch.Tensor,  # [num_rows, n] int32, distinct, n <= k
+        token_ids: torch.Tensor,  # [num_rows] int64, nobody: learn nothing
+        successors: torch.Tensor,  # [num_rows, n] int32, distinct
         weights: torch.Tensor,  # [num_rows, n] float32, at most 1 per row
         order: torch.Tensor,  # [num_rows] int64, distinct: the greatest is the newest
     ) -> None:
-        """Blend what followed some tokens into their rows. Of a token that occurs more
-        than once only the newest row counts: which one is written must not depend on
-        the device's mood, or tensor-parallel ranks would draft different trees."""
-        nobody = self.token_ids.shape[0] - 1
-        self.newest.scatter_reduce_(0, token_ids, order, "amax")
-        is_newest = self.newest[token_ids] == order
-        self.newest[token_ids] = NONE
-        token_ids = torch.where(is_newest, token_ids, nobody)
+        """Blend what followed some tokens into their rows, the newest last.
 
+        Rows of one token are written one after the other, for which of them a parallel
+        write keeps is the device's mood: tensor-parallel ranks would draft different
+        trees.
+        """
+        ages = _ages(token_ids, order)
+        for age in reversed(range(MAX_AGE)):
+            is_turn = ages == age
+            self._blend(
+                torch.where(is_turn, token_ids, self.nobody), successors, weights
+            )
+
+    def _blend(
+        self, token_ids: torch.Tensor, successors: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """As ``learn``; no two tokens are alike, but for nobody."""
         old_ids, old = self.token_ids[token_ids], self.weights[token_ids] * (1 - RATE)
         is_same = successors[:, :, None] == old_ids[:, None, :]
-        # One of a row's old ones at most is the same, so the order of the sum is nothing.
+        # One of a row's old ones at most is the same, so the sum has no order.
         new = RATE * weights + (is_same * old[:, None, :]).sum(2)
         old = old.masked_fill(is_same.any(1), 0.0)
-        weights, order = torch.cat([new, old], 1).sort(1, descending=True, stable=True)
+        ids = torch.cat([successors, old_ids], 1)
+        best = torch.cat([new, old], 1).sort(dim=1, descending=True, stable=True)
         kept = slice(old.shape[1])
-        ids = torch.cat([successors, old_ids], 1).gather(1, order[:, kept])
-        # Nobody's row is written by several: to have it alike on all ranks, by none.
-        is_kept = (weights[:, kept] > 0) & (token_ids < nobody)[:, None]
+        weights, ids = best.values[:, kept], ids.gather(1, best.indices[:, kept])
+        is_kept = (weights > 0) & (token_ids < self.nobody)[:, None]
         self.token_ids[token_ids] = torch.where(is_kept, ids, NONE)
-        self.weights[token_ids] = torch.where(is_kept, weights[:, kept], 0.0)
+        self.weights[token_ids] = torch.where(is_kept, weights, 0.0)
 
 
 class Recycler:
@@ -96,6 +107,11 @@ class Recycler:
         self.depth = depth
         self._max_nodes = max_nodes
         self._rates = Calibration(1, device)
+        widths = [min(max_nodes, k)]  # by level
+        while len(widths) < depth:
+            widths.append(min(max_nodes, widths[-1] * k))
+        # Of a request, if the table knows them all.
+        self.num_candidates = min(max_nodes, sum(widths))
 
     def clear(self) -> None:
         """Forget every successor; what weights are worth stays true."""
@@ -103,15 +119,17 @@ class Recycler:
 
     def learn_prompt(
         self,
-        token_ids: torch.Tensor,  # [num_pairs] int64, no two alike
-        next_ids: torch.Tensor,  # [num_pairs] int32, what the prompt goes on with
+        token_ids: torch.Tensor,  # [num_tokens] int64
     ) -> None:
-        """Take what a prompt says for what the target would have said."""
+        """Take what a prompt goes on with for what the target would have said."""
+        nobody = self.table.nobody
+        parents, said = token_ids[:-1], token_ids[1:, None]
+        is_known = (parents < nobody) & (said[:, 0] < nobody)
         self.table.learn(
-            token_ids,
-            next_ids[:, None],
-            torch.ones_like(next_ids[:, None], dtype=torch.float32),
-            torch.arange(token_ids.shape[0], device=token_ids.device),
+            torch.where(is_known, parents, nobody),
+            said.int(),
+            torch.ones_like(said, dtype=torch.float32),
+            torch.arange(parents.shape[0], device=parents.device),
         )
 
     def learn_nodes(
@@ -139,7 +157,7 @@ class Recycler:
         is_node = is_node & shares.isfinite().all(1)
         order = torch.arange(num_nodes, device=logits.device)
         table.learn(
-            torch.where(is_node, token_ids, table.token_ids.shape[0] - 1),
+            torch.where(is_node, token_ids, table.nobody),
             successors.int(),
             weights,
             order + num_nodes * is_accepted,
@@ -182,7 +200,8 @@ class Recycler:
         Of the best ``max_nodes`` paths no level has more, so keeping as many of every
         level finds them.
         """
-        tokens, num_reqs = roots[:, None], roots.shape[0]
+        tokens = roots.clamp(max=self.table.nobody)[:, None]
+        num_reqs = roots.shape[0]
         scores = torch.where(active, 0.0, -torch.inf)[:, None]
         places = torch.full_like(tokens, -1)
         levels, num_places = [], 0
@@ -206,3 +225,16 @@ class Recycler:
         weights = self.table.weights[tokens]
         log_weights = weights.clamp(min=LEAST_WEIGHT).log().flatten(1)
         return self._rates.apply(log_weights[None])[0].view(weights.shape)
+
+
+def _ages(
+    token_ids: torch.Tensor,  # [num_rows] int64
+    order: torch.Tensor,  # [num_rows] int64, distinct
+) -> torch.Tensor:  # [num_rows] int64
+    """How many newer rows each row's token has."""
+    by_age = order.argsort()
+    by_token = by_age[token_ids[by_age].argsort(stable=True)]
+    ordered = token_ids[by_token].contiguous()
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    ages = last - torch.arange(ordered.shape[0], device=ordered.device)
+    return torch.empty_like(ages).scatter_(0, by_token, ages)
