@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_treespec.config import RecycleConfig
 from vllm_treespec.core.candidates import DeviceCandidates
-from vllm_treespec.core.propose.recycle import NONE, Recycler
+from vllm_treespec.core.propose.recycle import NONE, NUM_PAIRS, Contexts, Recycler
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.cuda_graphs import GraphedRows
@@ -53,16 +53,18 @@ class Recycle:
             device=device,
         )
         logger.info(
-            "treespec: recycle keeps %d successors of each of %d tokens in %.1f MiB of "
-            "device memory",
+            "treespec: recycle keeps %d successors of each of %d tokens and %d pairs in "
+            "%.1f MiB of device memory",
             config.k,
             vocab_size,
+            NUM_PAIRS,
             self.recycler.table.num_bytes / 2**20,
         )
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         # This step's requests in batch order, where CUDA graphs look for them.
-        self._roots = torch.zeros(self._max_num_reqs, dtype=torch.int64, device=device)
-        self._active = torch.zeros_like(self._roots, dtype=torch.bool)
+        self._before = torch.zeros(self._max_num_reqs, dtype=torch.int64, device=device)
+        self._roots = torch.zeros_like(self._before)
+        self._active = torch.zeros_like(self._before, dtype=torch.bool)
         self._grow = GraphedRows(self._grow_rows)
 
     def capture(self) -> None:
@@ -102,14 +104,23 @@ class Recycle:
         picks.scatter_(0, path_rows.flatten(), sampled.flatten())
         picks = picks[:-1]
         token_ids = batch.input_ids[batch.logits_indices].long()
-        self.recycler.learn_rates(token_ids[first_rows[:-1]], sampled, num_sampled)
-        self.recycler.learn_nodes(
-            token_ids,
-            logits,
-            picks,
-            nodes < trees.num_nodes[slots][rows],
-            picks != NONE,
+        places = batch.positions[batch.logits_indices][first_rows[:-1]]
+        before_root = self._token_before(slots, places)
+        # Those of padding are stale, and may point behind the logits.
+        parents = torch.minimum(trees.parents[slots[rows], nodes].clamp(min=0), nodes)
+        before = torch.where(
+            nodes == 0, before_root[rows], token_ids[first_rows[rows] + parents]
         )
+        is_node = nodes < trees.num_nodes[slots[rows]]
+        contexts = Contexts(before, torch.where(is_node, token_ids, NONE))
+        roots = Contexts(before_root, token_ids[first_rows[:-1]])
+        self.recycler.learn_rates(roots, sampled, num_sampled)
+        self.recycler.learn_nodes(contexts, logits, picks)
+
+    def _token_before(self, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The committed tokens before these positions, NONE where a text begins."""
+        before = self._req_states.all_token_ids.gpu[slots, (places - 1).clamp(min=0)]
+        return torch.where(places > 0, before.long(), NONE)
 
     def catch_up(
         self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor
@@ -119,6 +130,7 @@ class Recycle:
         states, num_reqs = self._req_states, batch.num_reqs
         newest = (states.total_len.gpu[slots] - 1).clamp(min=0)
         self._roots[:num_reqs] = states.all_token_ids.gpu[slots, newest]
+        self._before[:num_reqs] = self._token_before(slots, newest)
         self._active[:num_reqs] = num_sampled > 0
         self._active[num_reqs:] = False
 
@@ -133,4 +145,5 @@ class Recycle:
         self.recycler.clear()
 
     def _grow_rows(self, num_reqs: int) -> None:
-        self.recycler.grow(self._roots[:num_reqs], self._active[:num_reqs], self._out)
+        roots = Contexts(self._before[:num_reqs], self._roots[:num_reqs])
+        self.recycler.grow(roots, self._active[:num_reqs], self._out)

@@ -21,7 +21,7 @@ from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.draft_tree import MIN_TEMPERATURE, Frontier, TreeGrower
 from vllm_treespec.core.propose.drawing import Drawing
-from vllm_treespec.core.propose.recycle import Recycler
+from vllm_treespec.core.propose.recycle import Contexts, Recycler
 from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
 
@@ -223,7 +223,10 @@ class RecycleSource:
         self, rows: torch.Tensor, roots: torch.Tensor, out: DeviceCandidates
     ) -> None:
         active = torch.ones(len(rows), dtype=torch.bool)
-        self._recycler.grow(self._token_ids[rows, roots], active, out)
+        self._recycler.grow(self._contexts(rows, roots), active, out)
+
+    def _contexts(self, rows: torch.Tensor, places: torch.Tensor) -> Contexts:
+        return Contexts(self._token_ids[rows, places - 1], self._token_ids[rows, places])
 
     def learn(
         self, rows: torch.Tensor, roots: torch.Tensor, num_emitted: torch.Tensor
@@ -231,15 +234,11 @@ class RecycleSource:
         steps = torch.arange(int(num_emitted.max()))
         positions = roots[:, None] + steps
         said = self._token_ids[rows[:, None], positions + 1]
-        self._recycler.learn_rates(self._token_ids[rows, roots], said, num_emitted)
+        self._recycler.learn_rates(self._contexts(rows, roots), said, num_emitted)
         is_path = steps < num_emitted[:, None]
-        texts, places = (each[is_path] for each in torch.broadcast_tensors(rows[:, None], positions))
+        texts, places = rows[:, None].expand_as(said)[is_path], positions[is_path]
         self._recycler.learn_nodes(
-            self._token_ids[texts, places],
-            self._logits[texts, places],
-            said[is_path],
-            is_path[is_path],
-            is_path[is_path],
+            self._contexts(texts, places), self._logits[texts, places], said[is_path]
         )
 
 
