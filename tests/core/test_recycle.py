@@ -1,15 +1,13 @@
 import heapq
-import math
 import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.candidates import DeviceCandidates
-from vllm_treespec.core.kernel_set import choose_kernels
+from vllm_treespec.core.kernel_set import KernelSet, choose_kernels
 from vllm_treespec.core.propose.recycle import (
     MAX_AGE,
     NONE,
@@ -20,6 +18,7 @@ from vllm_treespec.core.propose.recycle import (
     Successors,
 )
 from vllm_treespec.core.tree import TreeBuffers
+from vllm_treespec.testing.no_sync import NoSync
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 23
@@ -94,7 +93,9 @@ def test_the_table_is_its_plain_twin_on_any_sequence_of_rows():
             max_age=12,
         )
         for place in sorted(range(len(rows)), key=order.__getitem__):
-            twin.learn(*rows[place], dict(zip(said[place], weights[place], strict=True)))
+            twin.learn(
+                *rows[place], dict(zip(said[place], weights[place], strict=True))
+            )
         for before in range(-1, 6):
             for token_id in range(VOCAB_SIZE):
                 expected = twin.row(before, token_id)
@@ -202,9 +203,7 @@ def teach_randomly(made, seed, num_tokens=60):
     rng = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=rng)
     logits = 3 * torch.randn(num_tokens - 1, VOCAB_SIZE, generator=rng)
-    made.learn_nodes(
-        Contexts(token_ids[:-1], token_ids[1:]), logits, logits.argmax(1)
-    )
+    made.learn_nodes(Contexts(token_ids[:-1], token_ids[1:]), logits, logits.argmax(1))
 
 
 def best_first(made, before, root, max_nodes):
@@ -248,10 +247,12 @@ def test_trees_are_the_likeliest_paths(max_nodes):
     made.table.token_ids[11], made.table.weights[11] = NONE, 0.0
     roots = contexts([(0, 5), (1, 2), (NONE, 3), (2, VOCAB_SIZE), (NONE, 11)])
     made.grow(roots, torch.ones(5, dtype=torch.bool), out)
-    for req, (before, root) in enumerate(zip(*(each.tolist() for each in roots), strict=True)):
+    for req, (before, root) in enumerate(
+        zip(*(each.tolist() for each in roots), strict=True)
+    ):
         expected = best_first(made, before, root, max_nodes)
         found = candidates_of(out, req)
-        assert len(set(path for path, _ in found)) == len(found) == len(expected)
+        assert len({path for path, _ in found}) == len(found) == len(expected)
         assert [score for _, score in found] == pytest.approx(
             [score for _, score in expected], abs=1e-5
         )
@@ -316,28 +317,6 @@ def test_clearing_forgets_every_successor():
     assert out.num_candidates.tolist() == [0]
 
 
-class NoSync(TorchDispatchMode):
-    """Refuses what makes the host wait for a device, on a CPU where nothing does."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
-
-    def __init__(self):
-        super().__init__()
-        self.num_calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num_calls += 1
-        name = str(func)
-        if any(each in name for each in self.WAITING):
-            raise AssertionError(f"{name} waits for the device")
-        if "index.Tensor" in name or "index_put" in name:
-            for each in args[1]:
-                assert each is None or each.dtype != torch.bool, f"{name} of a mask"
-        if "repeat_interleave.Tensor" in name:
-            assert kwargs.get("output_size") is not None, f"{name} of unknown size"
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_watchman_sees_what_waits():
     tensor = torch.tensor([1, 0])
     for waits in (
@@ -351,20 +330,85 @@ def test_the_watchman_sees_what_waits():
             waits()
 
 
-def test_nothing_waits_for_the_device_from_logits_to_candidates():
-    made = recycler(max_nodes=9)
-    out = DeviceCandidates.allocate(1, 3, 9, CPU).of(0)
-    logits = torch.randn(5, VOCAB_SIZE)
-    nodes = contexts([(0, 1), (1, 2), (1, 3), (0, 1), (1, NONE)])
-    picks = torch.tensor([2, 3, NONE, 4, NONE])
-    roots, active = contexts([(0, 1), (2, 3)]), torch.tensor([True, False])
-    emitted, counts = torch.tensor([[2, 3, 0], [4, 0, 0]]), torch.tensor([2, 1])
-    prompt = torch.tensor([1, 2, 3, 1, 2])
-    with NoSync() as watch:
+def steps(made, builder, device):
+    """From logits to a tree, often enough that rates and scores are fitted anew."""
+    logits = torch.randn(5, VOCAB_SIZE, device=device)
+    nodes, roots = (
+        Contexts(*(each.to(device) for each in contexts(pairs)))
+        for pairs in ([(0, 1), (1, 2), (1, 3), (0, 1), (1, NONE)], [(0, 1), (2, 3)])
+    )
+    picks = torch.tensor([2, 3, NONE, 4, NONE], device=device)
+    active = torch.tensor([True, False], device=device)
+    emitted = torch.tensor([[2, 3, 0], [4, 0, 0]], device=device)
+    counts = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    prompt = torch.tensor([1, 2, 3, 1, 2], device=device)
+    slots = torch.tensor([1, 0], device=device)
+    budgets = torch.tensor([9, 9], dtype=torch.int32, device=device)
+
+    def run():
         made.learn_prompt(prompt)
-        for _ in range(40):  # the rates are fitted anew on the way
+        for _ in range(40):
             made.learn_rates(roots, emitted, counts)
             made.learn_nodes(nodes, logits, picks)
-            made.grow(roots, active, out)
+            builder.learn(emitted, counts)
+            made.grow(roots, active, builder.candidates.of(0))
+            builder.build(slots, budgets, torch.zeros_like(budgets))
+
+    return run
+
+
+def builder_on(device, kernels):
+    trees = TreeBuffers.allocate(3, 10, device)
+    return TreeBuilder(kernels, trees, num_proposers=1, max_candidates=9)
+
+
+def test_nothing_waits_for_the_device_from_logits_to_trees():
+    """The kernels are left out: a launch does not wait, and their twins do."""
+    made = recycler(max_nodes=9)
+    launched = []
+    kernels = KernelSet(
+        **{
+            name: lambda *_, name=name: launched.append(name)
+            for name in KernelSet.__slots__
+        }
+    )
+    builder = builder_on(CPU, kernels)
+    run = steps(made, builder, CPU)
+    with NoSync() as watch:
+        run()
     assert watch.num_calls > 1000
-    assert out.num_candidates[:2].tolist() == [9, 0]
+    assert {"merge_candidates", "select_nodes", "label_candidates"} <= set(launched)
+    counts = builder.candidates.of(0).num_candidates.tolist()
+    assert counts[0] > 0 and counts[1:] == [0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA itself")
+def test_nothing_waits_for_a_gpu():
+    device = torch.device("cuda")
+    made = Recycler(vocab_size=VOCAB_SIZE, k=K, depth=DEPTH, max_nodes=9, device=device)
+    kernels = choose_kernels(TreeSpecConfig(), device)
+    run = steps(made, builder_on(device, kernels), device)
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_a_cuda_graph_holds_the_growth():
+    device = torch.device("cuda")
+    made = Recycler(vocab_size=VOCAB_SIZE, k=K, depth=DEPTH, max_nodes=9, device=device)
+    out, again = (DeviceCandidates.allocate(1, 2, 9, device).of(0) for _ in range(2))
+    roots = Contexts(*(each.to(device) for each in contexts([(0, 1), (2, 3)])))
+    active = torch.ones(2, dtype=torch.bool, device=device)
+    made.grow(roots, active, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made.grow(roots, active, out)
+    made.learn_prompt(torch.tensor([1, 2, 3, 4, 3, 5], device=device))
+    graph.replay()
+    made.grow(roots, active, again)
+    assert out.num_candidates.tolist() == again.num_candidates.tolist() != [0, 0]
+    assert torch.equal(out.token_ids, again.token_ids)

@@ -226,7 +226,9 @@ class RecycleSource:
         self._recycler.grow(self._contexts(rows, roots), active, out)
 
     def _contexts(self, rows: torch.Tensor, places: torch.Tensor) -> Contexts:
-        return Contexts(self._token_ids[rows, places - 1], self._token_ids[rows, places])
+        return Contexts(
+            self._token_ids[rows, places - 1], self._token_ids[rows, places]
+        )
 
     def learn(
         self, rows: torch.Tensor, roots: torch.Tensor, num_emitted: torch.Tensor

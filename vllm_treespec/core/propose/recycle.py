@@ -29,7 +29,9 @@ NUM_PAIRS = 2**17
 # accepted tokens change by 2% from 0.3 to 0.6 of the former, and by 1% from 0.3 to 0.7
 # of the latter.
 RATE = 0.45  # of what a row holds, replaced when its context is met again
-PICK_WEIGHT = 0.5  # of what is learned at a node, the picked token; logits tell the rest
+PICK_WEIGHT = (
+    0.5  # of what is learned at a node, the picked token; logits tell the rest
+)
 # Of a context's occurrences in a prompt; what more it holds would weigh 1/10 of the last.
 MAX_AGE = 4
 NONE = -1
@@ -157,7 +159,13 @@ class Recycler:
     """Trees from the table, for as many requests as a batch holds."""
 
     def __init__(
-        self, *, vocab_size: int, k: int, depth: int, max_nodes: int, device: torch.device
+        self,
+        *,
+        vocab_size: int,
+        k: int,
+        depth: int,
+        max_nodes: int,
+        device: torch.device,
     ) -> None:
         self.table = Successors.allocate(vocab_size, k, device)
         self.depth = depth
@@ -274,7 +282,10 @@ class Recycler:
             places = torch.arange(num_places, num_places + width, device=best.device)
             places = places.expand(best.shape[0], -1)
             num_places += width
-        write_best(*(torch.cat(part, 1) for part in zip(*levels, strict=True)), out)
+        children, parents, scores = (
+            torch.cat(part, 1) for part in zip(*levels, strict=True)
+        )
+        write_best(children, parents, scores, out)
 
     def _successors(self, contexts: Contexts) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens int32 and how likely each is right, float32:
