@@ -67,6 +67,24 @@ class NgramConfig:
             yield f"min_n={self.min_n}: must be <= max_n={self.max_n}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecycleConfig:
+    """Options of the ``recycle`` proposer: what the target found likely after each
+    token, in a table on the device."""
+
+    type: ClassVar[str] = "recycle"
+
+    k: int = 16
+    """Successors remembered of each token; 8 bytes of device memory each."""
+
+    depth: int = 8
+    """Longest drafted path in tokens."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _out_of_range("k", self.k, 1, 256)
+        yield from _out_of_range("depth", self.depth, 1, 64)
+
+
 DRAWN = ("without_replacement", "traversal")
 VERIFY = ("auto", "target_only", *DRAWN)
 DEFAULT_RULE = "traversal"
@@ -201,10 +219,17 @@ class LayerSkipConfig(DeviceConfig):
             yield f"early_stop={self.early_stop!r}: must be true or false"
 
 
-ProposerConfig = SuffixConfig | NgramConfig | DraftModelConfig | LayerSkipConfig
+HostedConfig = SuffixConfig | NgramConfig
+ProposerConfig = HostedConfig | RecycleConfig | DraftModelConfig | LayerSkipConfig
 PROPOSERS: dict[str, type[ProposerConfig]] = {
     config.type: config
-    for config in (SuffixConfig, NgramConfig, DraftModelConfig, LayerSkipConfig)
+    for config in (
+        SuffixConfig,
+        NgramConfig,
+        RecycleConfig,
+        DraftModelConfig,
+        LayerSkipConfig,
+    )
 }
 
 
@@ -278,9 +303,11 @@ class TreeSpecConfig:
 
     def __post_init__(self) -> None:
         # First those that can draw: what is drawn keeps its order when trees are merged.
-        on_device = self.device_proposers
-        hosted = tuple(each for each in self.proposers if each not in on_device)
-        object.__setattr__(self, "proposers", on_device + hosted)
+        recycled = tuple(
+            each for each in self.proposers if isinstance(each, RecycleConfig)
+        )
+        ordered = self.device_proposers + recycled + self.hosted_proposers
+        object.__setattr__(self, "proposers", ordered)
         if problems := list(self._problems()):
             raise ConfigError("invalid treespec config:\n  " + "\n  ".join(problems))
 
@@ -351,6 +378,11 @@ class TreeSpecConfig:
             for each in self.proposers
             if isinstance(each, DraftModelConfig | LayerSkipConfig)
         )
+
+    @property
+    def hosted_proposers(self) -> tuple[HostedConfig, ...]:
+        """The proposers that draft on the host, in order."""
+        return tuple(each for each in self.proposers if isinstance(each, HostedConfig))
 
     @property
     def rule(self) -> str:

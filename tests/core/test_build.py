@@ -59,12 +59,42 @@ def test_two_proposers_share_nodes_and_each_node_remembers_both():
     trees, slots, drafts = build([first, second])
     slot = slots[0]
     assert trees.num_nodes[slot] == 5
-    # 7 (.9), 7 8 (.81), 7 9 (.72), 3 (.1): best first
+    # 7 (.67, the mean of two logs), 7 8 (.81), 7 9 (.4), 3 (.1): best first
     assert drafts[0, :4].tolist() == [7, 8, 9, 3]
     assert trees.parents[slot, :5].tolist() == [-1, 0, 1, 1, 0]
     assert trees.proposers[slot, :5].tolist() == [0, 0b11, 0b01, 0b10, 0b10]
     assert trees.depths[slot, :5].tolist() == [0, 1, 2, 2, 1]
     assert trees.masks[slot, :5, 0].tolist() == [0b1, 0b11, 0b111, 0b1011, 0b10001]
+
+
+def test_a_path_that_two_propose_gets_the_mean_of_what_they_make_of_it():
+    first = candidates([(7, -1, 0.95), (3, -1, 0.6)])
+    second = candidates([(7, -1, 0.1)])  # together .31
+    _, _, drafts = build([first, second])
+    assert drafts[0, :2].tolist() == [3, 7]
+
+
+def test_a_score_that_is_no_number_leaves_the_path_to_the_others():
+    first = candidates([(7, -1, 0.9)])
+    first.scores[0, 0] = np.nan
+    trees, slots, drafts = build([first, candidates([(7, -1, 0.5), (8, 0, 0.5)])])
+    assert drafts[0, :2].tolist() == [7, 8]
+    assert trees.num_nodes[slots[0]] == 3
+
+
+def test_a_path_is_judged_by_the_company_that_it_has():
+    """The second proposer is right where the first is silent, else it is wrong."""
+    trees = TreeBuffers.allocate(5, 2, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
+    builder.upload(0, candidates([(1, -1, 0.4)], *[[]] * 4))
+    builder.upload(1, candidates(*[[(2, -1, 0.9)]] * 5))
+    slots, ones = torch.arange(5), torch.ones(5, dtype=torch.int32)
+    for step in range(160):
+        drafts = builder.build(slots, ones, torch.zeros_like(ones))
+        # Of the first row, the first proposer's token is right in 2 of 5 steps.
+        said = [1 if step % 5 < 2 else 9, 2, 2, 2, 2]
+        builder.learn(torch.tensor(said)[:, None], ones)
+    assert drafts[:, 0].tolist() == [1, 2, 2, 2, 2]
 
 
 def test_budgets_differ_per_request_and_keep_the_best():

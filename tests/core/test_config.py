@@ -6,6 +6,7 @@ from vllm_treespec.config import (
     ConfigError,
     DraftModelConfig,
     NgramConfig,
+    RecycleConfig,
     SkipSet,
     SuffixConfig,
     TreeSpecConfig,
@@ -24,6 +25,7 @@ def test_survives_a_trip_through_json():
         proposers=(
             NgramConfig(min_n=3),
             SuffixConfig(depth=4),
+            RecycleConfig(k=3, depth=2),
             DraftModelConfig(model="small", shape="static", branching=(2, 2)),
             DraftModelConfig(model="tiny", shape="sequoia", acceptance=(0.6, 0.2)),
         ),
@@ -77,6 +79,14 @@ def draft(**options):
             {"tree": {"proposers": [{"type": "ngram"}, {"type": "ngram"}]}},
             "'ngram' is listed twice",
         ),
+        (
+            {"tree": {"proposers": [{"type": "recycle", "k": 0, "depth": 65}]}},
+            "tree.proposers[0].depth=65: must be in [1, 64]",
+        ),
+        (
+            {"tree": {"proposers": [{"type": "recycle"}], "verify": "traversal"}},
+            "only draft_model and layer_skip can draw",
+        ),
         (draft(), "model is missing"),
         (draft(model="small", shape="fixed"), "shape='fixed': must be one of"),
         (draft(model="small", shape="static"), "branching is missing"),
@@ -115,6 +125,19 @@ def test_children_are_drawn_where_it_pays_or_where_the_user_says_so():
         (TreeSpecConfig(), [False] * 5),
     ):
         assert [config.draws_at(t) for t in temperatures] == draws
+
+
+def test_recycle_stands_behind_models_before_the_host_and_never_draws():
+    config = TreeSpecConfig(
+        proposers=(SuffixConfig(), RecycleConfig(), DraftModelConfig(model="small"))
+    )
+    assert config.proposer_names == ["draft_model", "recycle", "suffix"]
+    assert config.device_proposers == (DraftModelConfig(model="small"),)
+    assert config.hosted_proposers == (SuffixConfig(),)
+    alone = TreeSpecConfig(proposers=(RecycleConfig(),))
+    assert alone.rule == "target_only" and alone.num_drawn == 0
+    assert alone.device_proposers == alone.hosted_proposers == ()
+    assert alone.max_depth == RecycleConfig().depth
 
 
 def test_draft_models_come_first():

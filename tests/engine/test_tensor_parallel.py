@@ -15,12 +15,18 @@ from vllm import LLM, SamplingParams
 
 PROMPTS = ["class Stack:\\n    def __init__(self):\\n", "for i in range(10):\\n"]
 
+def table_of(worker):
+    table = worker.model_runner.speculator.recycle.recycler.table
+    weights = table.weights.view(-1).tolist()
+    return table.token_ids.view(-1).tolist() + table.owners.tolist() + weights
+
 def main():
     params = SamplingParams(temperature=0.0, max_tokens=24)
     answers = []
     draft = {"type": "draft_model", "model": sys.argv[2], "depth": 3, "width": 2}
     skip = {"type": "layer_skip", "depth": 2, "width": 2}
-    tree = {"proposers": [draft, skip, {"type": "suffix"}, {"type": "ngram"}]}
+    hosted = [{"type": "suffix"}, {"type": "ngram"}]
+    tree = {"proposers": [draft, skip, {"type": "recycle"}, *hosted]}
     for tree in (None, tree):
         speculative = tree and {
             "method": "treespec", "num_speculative_tokens": 8, "tree": tree}
@@ -30,6 +36,9 @@ def main():
             kv_cache_memory_bytes=2**24, disable_log_stats=False)
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         answers.append([output.outputs[0].token_ids for output in outputs])
+        if speculative:
+            first, second = llm.collective_rpc(table_of)
+            assert first == second and max(first) >= 0, "each rank has its own table"
         metrics = {m.name: getattr(m, "value", 0) for m in llm.get_metrics()}
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -53,6 +62,7 @@ def test_two_ranks_keep_the_tokens(tmp_path):
         "PYTHONSAFEPATH": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # asks workers for their tables
     }
     result = subprocess.run(
         [sys.executable, str(script), str(TARGET), str(DRAFT)],

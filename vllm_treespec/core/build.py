@@ -4,6 +4,12 @@ Candidates of all proposers become one tree per request, then the best ancestor-
 nodes are kept, best first. Scores are path log-probabilities, calibrated so that those
 of different proposers compare; they only fall along a path, so a global top-k is closed
 under ancestors (as in SpecExec, arXiv:2406.02532, and OPT-Tree, arXiv:2406.17276).
+
+What a proposer's score is worth depends on the company: a path that others propose as
+well is right more often than one that they had the chance to propose and did not. So
+each proposer is calibrated apart for the company that its path has, and a path that
+several propose gets the mean of what they make of it. The best of them would be the one
+that errs upwards.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import Candidates
 from vllm_treespec.core.tree import TreeBuffers
+
+NUM_COMPANIES = 3  # nobody else proposes anything; others do, but not this; others do
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +75,15 @@ class TreeBuilder:
         self._merged = MergedCandidates.allocate(
             max_num_reqs, num_proposers * max_candidates, device
         )
-        self._calibration = Calibration(num_proposers, device)
+        # Rows of one proposer follow each other, one for each company.
+        self._calibration = Calibration(num_proposers * NUM_COMPANIES, device)
         self._was_drawn: torch.Tensor | None = None
-        self._labels = torch.zeros(
-            self.candidates.scores.shape, dtype=torch.int8, device=device
+        shape = self._merged.parents.shape  # [max_num_reqs, max_merged]
+        self._labels = torch.zeros((1, *shape), dtype=torch.int8, device=device)
+        # Each proposer's own score of a node, and the company that its path has.
+        self._scores = torch.zeros((num_proposers, *shape), device=device)
+        self._company = torch.zeros(
+            (num_proposers * NUM_COMPANIES, *shape), dtype=torch.bool, device=device
         )
 
     def upload(self, proposer: int, candidates: Candidates) -> None:
@@ -100,19 +113,20 @@ class TreeBuilder:
     ) -> None:
         """Compare the last step's candidates with what the target said."""
         rows = slice(num_emitted.shape[0])
-        candidates, labels = self.candidates, self._labels[:, rows]
+        merged, labels = self._merged, self._labels[:, rows]
         self._kernels.label_candidates(
-            candidates.token_ids[:, rows],
-            candidates.parents[:, rows],
-            candidates.num_candidates[:, rows],
+            merged.token_ids[None, rows],
+            merged.parents[None, rows],
+            merged.num_candidates[None, rows],
             emitted,
             num_emitted,
             labels,
         )
+        labels = torch.where(self._company[:, rows], labels, -1)
         if self._was_drawn is not None:
             # Drawn candidates have no scores to calibrate.
-            labels[0].masked_fill_(self._was_drawn[:, None], -1)
-        self._calibration.observe(candidates.scores[:, rows], labels)
+            labels[:NUM_COMPANIES].masked_fill_(self._was_drawn[:, None], -1)
+        self._calibration.observe(self._for_companies(rows), labels)
 
     def build(
         self,
@@ -133,22 +147,13 @@ class TreeBuilder:
         """
         num_reqs = slots.shape[0]
         rows = slice(num_reqs)
-        candidates, merged, trees = self.candidates, self._merged, self._trees
-        scores = self._calibration.apply(candidates.scores[:, rows])
-        if is_drawn is not None:
-            scores[0].masked_fill_(is_drawn[:, None], 0.0)
+        merged, trees = self._merged, self._trees
+        self._merge(rows)
+        self._score(rows)
         self._was_drawn = is_drawn
-        self._kernels.merge_candidates(
-            candidates.token_ids[:, rows],
-            candidates.parents[:, rows],
-            scores,
-            candidates.num_candidates[:, rows],
-            merged.token_ids[rows],
-            merged.parents[rows],
-            merged.scores[rows],
-            merged.proposers[rows],
-            merged.num_candidates[rows],
-        )
+        if is_drawn is not None:
+            by_first = merged.proposers[rows] & 1 > 0
+            merged.scores[rows].masked_fill_(is_drawn[:, None] & by_first, 0.0)
         # Allocated anew: vLLM may still copy the last step's drafts to the host.
         draft_tokens = torch.zeros(
             num_reqs, trees.parents.shape[1] - 1, dtype=torch.int64, device=self._device
@@ -172,3 +177,50 @@ class TreeBuilder:
             slots, trees.parents, trees.num_nodes, trees.depths, trees.masks
         )
         return draft_tokens
+
+    def _merge(self, rows: slice) -> None:
+        """One tree of all candidates, and each proposer's own scores of its nodes."""
+        candidates, merged = self.candidates, self._merged
+        for proposer, scores in enumerate(self._scores):
+            # A node keeps the best score that it is given: here, the only one.
+            only = torch.full_like(candidates.scores[:, rows], -torch.inf)
+            only[proposer] = candidates.scores[proposer, rows]
+            self._kernels.merge_candidates(
+                candidates.token_ids[:, rows],
+                candidates.parents[:, rows],
+                only,
+                candidates.num_candidates[:, rows],
+                merged.token_ids[rows],
+                merged.parents[rows],
+                scores[rows],
+                merged.proposers[rows],
+                merged.num_candidates[rows],
+            )
+
+    def _score(self, rows: slice) -> None:
+        """Find out each node's company, and what it is worth in that."""
+        merged, num_proposers = self._merged, self._scores.shape[0]
+        bits = merged.proposers[rows]
+        columns = torch.arange(bits.shape[1], device=bits.device)
+        is_node = columns < merged.num_candidates[rows, None]
+        own = 1 << torch.arange(num_proposers, device=bits.device, dtype=bits.dtype)
+        own = own[:, None, None]
+        others_have = bits & ~own != 0
+        offers = (self.candidates.num_candidates[:, rows] > 0).int()
+        others_offer = (offers.sum(0) - offers > 0)[:, :, None]
+        company = torch.stack(
+            [~others_have & ~others_offer, ~others_have & others_offer, others_have], 1
+        )
+        # What a proposer scores with no number has only what the others say of it.
+        has_score = (bits & own != 0) & is_node & self._scores[:, rows].isfinite()
+        company &= has_score[:, None]
+        self._company[:, rows] = company.flatten(0, 1)
+        company = self._company[:, rows]
+        worth = self._calibration.apply(self._for_companies(rows))
+        total = torch.where(company, worth, 0.0).sum(0)
+        merged.scores[rows] = total / company.sum(0)  # no node: NaN, and not used
+
+    def _for_companies(self, rows: slice) -> torch.Tensor:
+        """``[num_proposers * NUM_COMPANIES, num_rows, max_merged]`` float32."""
+        scores = self._scores[:, None, rows]
+        return scores.expand(-1, NUM_COMPANIES, -1, -1).flatten(0, 1)

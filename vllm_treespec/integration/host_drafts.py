@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 
-from vllm_treespec.config import DeviceConfig, TreeSpecConfig
+from vllm_treespec.config import HostedConfig, TreeSpecConfig
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.history import TokenHistory
 from vllm_treespec.core.propose import DecodeStep, Proposer
@@ -39,7 +39,7 @@ class HostDrafts:
         self._indices = [
             index
             for index, each in enumerate(config.proposers)
-            if not isinstance(each, DeviceConfig)
+            if isinstance(each, HostedConfig)
         ]
         self.pool = ProposerPool(
             proposers,

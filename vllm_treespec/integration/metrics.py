@@ -85,7 +85,8 @@ def _proposers(config: TreeSpecConfig) -> Sequence[str]:
 
 
 def _hosted(config: TreeSpecConfig) -> Sequence[str]:
-    return config.proposer_names[len(config.device_proposers) :]
+    first = len(config.proposers) - len(config.hosted_proposers)
+    return config.proposer_names[first:]
 
 
 SERIES = (

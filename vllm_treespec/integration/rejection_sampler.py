@@ -92,7 +92,7 @@ class TreeRejectionSampler:
             cut_paths(
                 speculator.paths, sampled, num_sampled, cu_num_logits, invalid_drafts
             )
-        speculator.count(input_batch)
+        speculator.verified(input_batch, logits, sampled, num_sampled)
         logprobs = None
         if logprobs_dims is not None:
             logprobs = self._score_paths(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,12 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_treespec.config import ConfigError, DraftModelConfig, LayerSkipConfig
+from vllm_treespec.config import (
+    ConfigError,
+    DraftModelConfig,
+    LayerSkipConfig,
+    RecycleConfig,
+)
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.feedback import Feedback
@@ -46,6 +52,7 @@ from vllm_treespec.integration.metrics import (
     Increments,
 )
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.integration.recycle import Recycle
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.sizing import max_num_rows
@@ -90,7 +97,7 @@ class TreeSpeculator(DraftModelSpeculator):
         # garbage. Draft models run on every rank, as vLLM's own do.
         self._ranks = get_tp_group()
         self.hosted: HostDrafts | None = None
-        if len(config.device_proposers) < len(config.proposers):
+        if config.hosted_proposers:
             self.hosted = HostDrafts(
                 make_proposers(config, max_num_reqs=max_num_reqs)
                 if self._ranks.is_first_rank
@@ -105,6 +112,17 @@ class TreeSpeculator(DraftModelSpeculator):
             index: self._make_draft(index, each)
             for index, each in enumerate(config.device_proposers)
         }
+        self.recycle: Recycle | None = None
+        for index, each in enumerate(config.proposers):
+            if isinstance(each, RecycleConfig):
+                self.recycle = Recycle(
+                    each,
+                    vllm_config,
+                    index=index,
+                    req_states=req_states,
+                    out=self.builder.candidates.of(index),
+                    device=device,
+                )
         self.sampled: SampledDrafts | None = None
         if config.num_drawn:
             first = self.drafts[0]
@@ -204,6 +222,8 @@ class TreeSpeculator(DraftModelSpeculator):
         """vLLM captures its graphs now, so draft models do as well."""
         for draft in self.drafts.values():
             draft.capture()
+        if self.recycle is not None:
+            self.recycle.capture()
 
     def observe_verification(self, *args: Any) -> None:
         """vLLM's acceptance estimator serves adaptive verification, which is off."""
@@ -241,6 +261,9 @@ class TreeSpeculator(DraftModelSpeculator):
                 self.sampled.add_request(slot)
         if self.hosted is not None:
             self.hosted.add_request(slot, token_ids)
+        if self.recycle is not None:
+            with self._tried(self.recycle.index):
+                self.recycle.add_prompt(token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
@@ -327,8 +350,30 @@ class TreeSpeculator(DraftModelSpeculator):
             self.hosted.learn(slots_np)
         return draft_tokens
 
-    def count(self, input_batch: Any) -> None:
+    def verified(
+        self,
+        input_batch: Any,
+        logits: torch.Tensor,  # [num_logits, vocab_size], one row per node
+        sampled: torch.Tensor,  # [num_reqs, max_num_nodes] int64
+        num_sampled: torch.Tensor,  # [num_reqs] int32
+    ) -> None:
         """Drafts were verified; their trees are about to be replaced."""
+        self._count(input_batch)
+        recycle = self.recycle
+        if recycle is not None and self._worth.drafting[recycle.index]:
+            with self._tried(recycle.index):
+                recycle.learn(
+                    logits, input_batch, self.trees, self.paths, sampled, num_sampled
+                )
+
+    def clear(self) -> None:
+        """Forget all text that proposers have learned from."""
+        if self.hosted is not None:
+            self.hosted.pool.clear()
+        if self.recycle is not None:
+            self.recycle.clear()
+
+    def _count(self, input_batch: Any) -> None:
         num_reqs = input_batch.num_reqs
         self._counts = count_step(
             self.trees,
@@ -352,7 +397,7 @@ class TreeSpeculator(DraftModelSpeculator):
         if self.hosted is not None:
             hosted = self.hosted
             faults = faults.union(hosted.faulty)
-            first = len(self._config.device_proposers)
+            first = len(self._names) - len(self._config.hosted_proposers)
             totals["lookups"] = hosted.lookups[first:].tolist()
             totals["lookup_hits"] = hosted.hits[first:].tolist()
             gauges["suffix_cached_tokens"] = [hosted.num_cached_tokens]
@@ -430,23 +475,31 @@ class TreeSpeculator(DraftModelSpeculator):
         request at most."""
         num_reqs = input_batch.num_reqs
         offered = np.zeros(num_reqs, np.int32)
-        for index, draft in list(self.drafts.items()):
+        proposers: dict[int, DeviceDraft | Recycle] = dict(self.drafts)
+        if self.recycle is not None:
+            proposers[self.recycle.index] = self.recycle
+        for index, proposer in proposers.items():
             grows, nodes = bool(wanted[index].any()), 0
-            try:
-                with self._worth.stopwatch.measure(index):
-                    draft.catch_up(input_batch, num_sampled, temperature)
-                    if grows:
-                        nodes = draft.propose(num_reqs, draws=draws and index == 0)
-            except Exception:  # it may cost speed, never a request
-                if self._ranks.world_size > 1:
-                    raise  # the other ranks are inside a collective by now
-                self._dismiss(index)
-                grows = False
-            if grows:
+            with self._tried(index):
+                proposer.catch_up(input_batch, num_sampled, temperature)
+                if grows:
+                    nodes = proposer.propose(num_reqs, draws=draws and index == 0)
+            if nodes:
                 offered += nodes * wanted[index]
             else:
                 self.builder.forget(index, num_reqs)
         return offered
+
+    @contextmanager
+    def _tried(self, index: int) -> Iterator[None]:
+        """Time what a proposer on the device does, and go on without it if it fails."""
+        try:
+            with self._worth.stopwatch.measure(index):
+                yield
+        except Exception:  # it may cost speed, never a request
+            if self._ranks.world_size > 1:
+                raise  # the other ranks have not failed, and would draft other trees
+            self._dismiss(index)
 
     def _dismiss(self, index: int) -> None:
         logger.exception(
@@ -455,7 +508,11 @@ class TreeSpeculator(DraftModelSpeculator):
             self._names[index],
         )
         self._faults.add(index)
-        del self.drafts[index]
+        if self.recycle is not None and index == self.recycle.index:
+            self.recycle = None
+            self.builder.forget(index, len(self._num_drafts))
+        else:
+            del self.drafts[index]
 
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""

@@ -68,6 +68,4 @@ class TreeWorker(PlatformWorker):
 
     def treespec_clear(self) -> None:
         """For ``collective_rpc``: forget all text that proposers have learned from."""
-        hosted = self.model_runner.speculator.hosted
-        if hosted is not None:
-            hosted.pool.clear()
+        self.model_runner.speculator.clear()

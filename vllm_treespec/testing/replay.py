@@ -21,24 +21,30 @@ from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.draft_tree import MIN_TEMPERATURE, Frontier, TreeGrower
 from vllm_treespec.core.propose.drawing import Drawing
+from vllm_treespec.core.propose.recycle import Contexts, Recycler
 from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
 
 CPU = torch.device("cpu")
 NUM_RANKS = 64  # of a draft's choices that are told apart
-MAX_DEPTH = 16  # of any tree: what a text holds past the tokens that count
+MAX_DEPTH = 16  # of a draft model's trees
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Texts:
     """Prompts and the target's continuations, all of one length."""
 
-    # [num_texts, prompt_len + num_tokens + MAX_DEPTH] int64; the last tokens are there
+    # [num_texts, prompt_len + num_tokens + max_depth] int64; the last tokens are there
     # so that the last step has something to agree with.
     token_ids: torch.Tensor
     prompt_len: int
     num_tokens: int  # a step begins while fewer than these are emitted
     temperature: float  # at which the target wrote, 0: greedy
+
+    @property
+    def max_depth(self) -> int:
+        """Of any tree, as far as it is looked at."""
+        return self.token_ids.shape[1] - self.prompt_len - self.num_tokens
 
 
 class Trees(NamedTuple):
@@ -59,6 +65,13 @@ class Source(Protocol):
         rows: torch.Tensor,  # [num_rows] int64, row -> text
         roots: torch.Tensor,  # [num_rows] int64, position of the newest token
         out: DeviceCandidates,
+    ) -> None: ...
+
+    def learn(
+        self,
+        rows: torch.Tensor,  # as of the last ``propose``
+        roots: torch.Tensor,
+        num_emitted: torch.Tensor,  # [num_rows] int64, tokens said after each root
     ) -> None: ...
 
 
@@ -152,6 +165,11 @@ class DraftSource:
             self.drawing,
         )
 
+    def learn(
+        self, rows: torch.Tensor, roots: torch.Tensor, num_emitted: torch.Tensor
+    ) -> None:
+        """It has read all there is."""
+
 
 class HostSource:
     """A proposer without a model, which learns what it has seen after each step."""
@@ -177,6 +195,53 @@ class HostSource:
         out.scores[:num_rows, :width] = torch.from_numpy(candidates.scores)
         out.num_candidates[:num_rows] = torch.from_numpy(candidates.num_candidates)
         self._proposer.learn(step)
+
+    def learn(
+        self, rows: torch.Tensor, roots: torch.Tensor, num_emitted: torch.Tensor
+    ) -> None:
+        """It learns once it has drafted, as in the engine."""
+
+
+class RecycleSource:
+    """The table of successors, fed with a target's reading of the texts.
+
+    Only nodes on the accepted path teach it: what the target would have said at the
+    others is not in its reading. The engine's table sees them all.
+    """
+
+    def __init__(self, target: DraftModel, recycler: Recycler) -> None:
+        self._target = target
+        self._recycler = recycler
+
+    def start(self, texts: Texts) -> None:
+        self._token_ids = texts.token_ids
+        self._logits = self._target.read(texts).logits
+        for prompt in texts.token_ids[:, : texts.prompt_len + 1]:
+            self._recycler.learn_prompt(prompt)
+
+    def propose(
+        self, rows: torch.Tensor, roots: torch.Tensor, out: DeviceCandidates
+    ) -> None:
+        active = torch.ones(len(rows), dtype=torch.bool)
+        self._recycler.grow(self._contexts(rows, roots), active, out)
+
+    def _contexts(self, rows: torch.Tensor, places: torch.Tensor) -> Contexts:
+        return Contexts(
+            self._token_ids[rows, places - 1], self._token_ids[rows, places]
+        )
+
+    def learn(
+        self, rows: torch.Tensor, roots: torch.Tensor, num_emitted: torch.Tensor
+    ) -> None:
+        steps = torch.arange(int(num_emitted.max()))
+        positions = roots[:, None] + steps
+        said = self._token_ids[rows[:, None], positions + 1]
+        self._recycler.learn_rates(self._contexts(rows, roots), said, num_emitted)
+        is_path = steps < num_emitted[:, None]
+        texts, places = rows[:, None].expand_as(said)[is_path], positions[is_path]
+        self._recycler.learn_nodes(
+            self._contexts(texts, places), self._logits[texts, places], said[is_path]
+        )
 
 
 class Drafter(Protocol):
@@ -204,6 +269,7 @@ class Alone:
     def draft(self, rows: torch.Tensor, roots: torch.Tensor) -> Trees:
         mine, num_rows = self._candidates.of(0), len(rows)
         self._source.propose(rows, roots, mine)
+        self._drafted = rows, roots
         return Trees(
             mine.token_ids[:num_rows],
             mine.parents[:num_rows],
@@ -211,7 +277,7 @@ class Alone:
         )
 
     def learn(self, emitted: torch.Tensor, num_emitted: torch.Tensor) -> None:
-        pass
+        self._source.learn(*self._drafted, num_emitted.long())
 
 
 class Merged:
@@ -240,6 +306,7 @@ class Merged:
     def draft(self, rows: torch.Tensor, roots: torch.Tensor) -> Trees:
         for proposer, source in enumerate(self._sources):
             source.propose(rows, roots, self._builder.candidates.of(proposer))
+        self._drafted = rows, roots
         trees = self._trees
         budgets = torch.full((len(rows),), trees.parents.shape[1] - 1).int()
         self._builder.build(rows, budgets, torch.zeros_like(budgets))
@@ -251,6 +318,8 @@ class Merged:
 
     def learn(self, emitted: torch.Tensor, num_emitted: torch.Tensor) -> None:
         self._builder.learn(emitted, num_emitted)
+        for source in self._sources:
+            source.learn(*self._drafted, num_emitted.long())
 
 
 class Outcome(NamedTuple):
@@ -293,7 +362,7 @@ def replay(texts: Texts, drafter: Drafter) -> Outcome:
     # Prefill sampled one token.
     num_known = torch.full((len(texts.token_ids),), texts.prompt_len + 1)
     num_steps = torch.zeros_like(num_known)
-    ahead = torch.arange(MAX_DEPTH + 1)
+    ahead = torch.arange(texts.max_depth + 1)
     end = texts.prompt_len + texts.num_tokens
     while len(rows := (num_known < end).nonzero()[:, 0]):
         known = num_known[rows]

@@ -230,7 +230,9 @@ class TreeGrower:
         drawn, those that its plan keeps, in the order of drawing."""
         found = self._found.of(num_reqs)
         all_drawn = None if drawing is None else drawing.all_drawn(num_reqs)
-        best = _rank(found, all_drawn, out)
+        best = write_best(
+            found.token_ids, found.parents, found.scores, out, keep_order=all_drawn
+        )
         width = best.shape[1]
         self.nodes[:num_reqs, :width] = found.nodes.gather(1, best)
         if drawing is None or all_drawn is None:
@@ -311,34 +313,35 @@ def _best_children(
     return token_ids.int(), values - torch.cat(norms)[:, None]
 
 
-def _rank(
-    found: _Places,
-    all_drawn: torch.Tensor | None,  # [num_reqs, 1] bool
+def write_best(
+    token_ids: torch.Tensor,  # [num_reqs, num_places] int32
+    parents: torch.Tensor,  # [num_reqs, num_places] int64, places, -1: the root
+    scores: torch.Tensor,  # [num_reqs, num_places] float32, -inf: not a candidate
     out: DeviceCandidates,
+    keep_order: torch.Tensor | None = None,  # [num_reqs, 1] bool, see below
 ) -> torch.Tensor:
-    """The best places, best first: ``[num_reqs, width]`` int64. Path scores only fall
-    from parent to child, and a parent's place is below its child's, so a stable order
-    keeps parents in front.
+    """Write the best places, best first, and return them: ``[num_reqs, width]`` int64.
+    Path scores only fall from parent to child, and a parent's place is below its
+    child's, so a stable order keeps parents in front.
 
-    Where all are drawn they stay in the order of their places, whatever their scores:
-    that is the order in which they were drawn.
+    Args:
+        keep_order: candidates stay in the order of their places, whatever their scores.
+            Where all are drawn, that is the order in which they were drawn.
     """
-    num_reqs, num_places = found.token_ids.shape
+    num_reqs, num_places = token_ids.shape
     width = min(out.token_ids.shape[1], num_places)
     # A broken draft costs speed only: what is not a number ranks last and is not used.
-    scores = found.scores.nan_to_num(
-        nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf
-    )
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     keys = scores
-    if all_drawn is not None:
-        keys = torch.where(all_drawn & scores.isfinite(), 0.0, scores)
+    if keep_order is not None:
+        keys = torch.where(keep_order & scores.isfinite(), 0.0, scores)
     order = keys.sort(dim=1, descending=True, stable=True).indices
     rank_of = order.argsort(dim=1)
     best = order[:, :width]
-    parents = found.parents.gather(1, best)
+    parents = parents.gather(1, best)
     parent_ranks = rank_of.gather(1, parents.clamp(min=0))
     scores = scores.gather(1, best)
-    out.token_ids[:num_reqs, :width] = found.token_ids.gather(1, best)
+    out.token_ids[:num_reqs, :width] = token_ids.gather(1, best)
     out.parents[:num_reqs, :width] = torch.where(parents < 0, -1, parent_ranks).int()
     out.scores[:num_reqs, :width] = scores
     out.num_candidates[:num_reqs] = scores.isfinite().sum(1)

@@ -6,7 +6,7 @@ import torch
 
 from vllm_treespec.config import (
     DeviceConfig,
-    NgramConfig,
+    HostedConfig,
     SuffixConfig,
     TreeSpecConfig,
 )
@@ -20,8 +20,7 @@ def make_proposers(config: TreeSpecConfig, *, max_num_reqs: int) -> list[Propose
     """One per entry of ``tree.proposers`` that drafts on the host, in that order."""
     return [
         _make(each, max_num_reqs, config.num_speculative_tokens)
-        for each in config.proposers
-        if not isinstance(each, DeviceConfig)
+        for each in config.hosted_proposers
     ]
 
 
@@ -52,9 +51,7 @@ def make_shape(
     )
 
 
-def _make(
-    config: SuffixConfig | NgramConfig, max_num_reqs: int, max_nodes: int
-) -> Proposer:
+def _make(config: HostedConfig, max_num_reqs: int, max_nodes: int) -> Proposer:
     # Imported on use: Numba compiles on import, and ngram does not need suffix.
     if isinstance(config, SuffixConfig):
         from vllm_treespec.core.propose.suffix import SuffixProposer

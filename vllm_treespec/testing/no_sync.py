@@ -1,0 +1,43 @@
+"""Catches what would make the host wait for a device, on a CPU where nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Sizes or values that only the device knows.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal")
+
+
+class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Refuses operations that wait for the device: ``with NoSync(): ...``.
+
+    A stand-in for ``torch.cuda.set_sync_debug_mode``: it does not see copies to the
+    host, which on a CPU are none, so what it guards must not make any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.num_calls = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.num_calls += 1
+        name, named = str(func), dict(kwargs or {})
+        waits = any(each in name for each in WAITING)
+        if name.startswith(("aten.index.", "aten.index_put")):
+            masks = (torch.bool, torch.uint8)
+            waits |= any(each is not None and each.dtype in masks for each in args[1])
+        if name.startswith("aten.repeat_interleave.Tensor"):
+            waits |= named.get("output_size") is None
+        if waits:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **named)
