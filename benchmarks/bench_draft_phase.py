@@ -133,7 +133,7 @@ def main() -> None:
         llm = start(Path(directory))
     core: Any = llm.llm_engine.engine_core
     runner = core.engine_core.model_executor.driver_worker.worker.model_runner
-    draft, device = runner.speculator.drafts[0], runner.device
+    draft, device = runner.speculator.drafts.models[0], runner.device
     forwards = GraphedRows(forwards_of(draft, device))
     if not ON_CPU:
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -81,7 +81,7 @@ def check(start, proposers, acceptance):
         assert engine.greedy(prompts, max_tokens, **sampling) == plain
         assert sum(acceptance.lengths) > 0
         # A check inside a draft that fails would only dismiss it.
-        assert dismissed or engine.runner.speculator.drafts
+        assert dismissed or engine.runner.speculator.drafts.models
         return engine
 
     return check

@@ -93,7 +93,7 @@ def check(start, acceptance):
         )
         assert engine.greedy(batch, max_tokens) == plain
         assert sum(acceptance.lengths) > 0
-        assert len(engine.runner.speculator.drafts) > 0  # none was dismissed
+        assert len(engine.runner.speculator.drafts.models) > 0  # none was dismissed
         return engine
 
     return check
@@ -224,7 +224,7 @@ def test_no_weights_and_no_kv_of_its_own(deep_model_path, start):
     config = engine.runner.kv_cache_config
     assert [set(group.layer_names) for group in config.kv_cache_groups] == layers
     assert config.num_blocks == blocks
-    (draft,) = engine.runner.speculator.drafts.values()
+    (draft,) = engine.runner.speculator.drafts.models.values()
     own = {each.data_ptr() for each in engine.runner.model.parameters()}
     assert {each.data_ptr() for each in draft.model.parameters()} < own
     assert sum(each.numel() for each in engine.runner.model.parameters()) == weights
@@ -328,7 +328,7 @@ def test_a_quantized_target_drafts_with_its_quantized_layers(
     quantized_path, prompts, check
 ):
     engine = check(quantized_path, prompts(2), [layer_skip()], max_tokens=12)
-    (draft,) = engine.runner.speculator.drafts.values()
+    (draft,) = engine.runner.speculator.drafts.models.values()
     for index in (0, 3):
         own = engine.runner.model.model.layers[index]
         assert draft.model.model.layers[index] is own

@@ -46,7 +46,7 @@ def test_greedy_tokens_are_those_of_no_speculation(
     if not others:
         num_steps = len(acceptance.lengths) - before
         assert sum(acceptance.lengths[before:]) > num_steps / 2
-    assert engine.runner.speculator.recycle is not None  # was not dismissed
+    assert engine.runner.speculator.drafts.recycle is not None  # was not dismissed
 
 
 def test_sampled_tokens_are_right_and_nothing_waits_for_the_device(
@@ -87,7 +87,7 @@ def test_sampled_tokens_are_right_and_nothing_waits_for_the_device(
     assert engine.generate(batch, params) == plain
     assert sum(acceptance.lengths) > 0
     assert watch.num_calls > 1000
-    recycle = engine.runner.speculator.recycle
+    recycle = engine.runner.speculator.drafts.recycle
     assert recycle is not None
     assert engine.runner.speculator.sampled is None  # nobody draws
     table = recycle.recycler.table
@@ -109,7 +109,7 @@ def test_a_proposer_that_fails_is_dismissed(
 
     monkeypatch.setattr(Recycler, broken, fail)
     assert engine.greedy(batch, 12) == plain
-    assert engine.runner.speculator.recycle is None
+    assert engine.runner.speculator.drafts.recycle is None
     assert engine.greedy(batch, 12) == plain
 
 

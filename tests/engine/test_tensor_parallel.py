@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 PROMPTS = ["class Stack:\\n    def __init__(self):\\n", "for i in range(10):\\n"]
 
 def table_of(worker):
-    table = worker.model_runner.speculator.recycle.recycler.table
+    table = worker.model_runner.speculator.drafts.recycle.recycler.table
     weights = table.weights.view(-1).tolist()
     return table.token_ids.view(-1).tolist() + table.owners.tolist() + weights
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,6 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_treespec.config import (
     ConfigError,
-    DraftModelConfig,
-    LayerSkipConfig,
-    RecycleConfig,
 )
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
@@ -34,12 +30,10 @@ from vllm_treespec.core.schedule import RequestLimits
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
-from vllm_treespec.integration.device_draft import DeviceDraft
-from vllm_treespec.integration.draft_model import DraftModel
+from vllm_treespec.integration.device_drafts import DeviceDrafts
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason, count_fallback
 from vllm_treespec.integration.host_drafts import HostDrafts
-from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.metrics import (
     BUILD,
     BUSY,
@@ -52,7 +46,6 @@ from vllm_treespec.integration.metrics import (
     Increments,
 )
 from vllm_treespec.integration.model_state import TreeModelState
-from vllm_treespec.integration.recycle import Recycle
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.sizing import max_num_rows
@@ -108,24 +101,24 @@ class TreeSpeculator(DraftModelSpeculator):
                 req_states=req_states,
                 device=device,
             )
-        self.drafts: dict[int, DeviceDraft] = {
-            index: self._make_draft(index, each)
-            for index, each in enumerate(config.device_proposers)
-        }
-        self.recycle: Recycle | None = None
-        for index, each in enumerate(config.proposers):
-            if isinstance(each, RecycleConfig):
-                self.recycle = Recycle(
-                    each,
-                    vllm_config,
-                    index=index,
-                    req_states=req_states,
-                    out=self.builder.candidates.of(index),
-                    device=device,
-                )
+        self._worth = Worth(
+            len(config.proposers),
+            adaptive=config.adaptive,
+            ranks=self._ranks,
+            device=device,
+        )
+        self.drafts = DeviceDrafts(
+            config,
+            vllm_config,
+            builder=self.builder,
+            worth=self._worth,
+            ranks=self._ranks,
+            req_states=req_states,
+            device=device,
+        )
         self.sampled: SampledDrafts | None = None
         if config.num_drawn:
-            first = self.drafts[0]
+            first = self.drafts.models[0]
             self.sampled = SampledDrafts(
                 config,
                 vllm_config,
@@ -136,12 +129,6 @@ class TreeSpeculator(DraftModelSpeculator):
             )
             first.drawing = self.sampled.drawing
         self._names = config.proposer_names
-        self._worth = Worth(
-            len(config.proposers),
-            adaptive=config.adaptive,
-            ranks=self._ranks,
-            device=device,
-        )
         self._limits = RequestLimits(max_num_reqs, len(config.proposers), device)
         self.phases = Stopwatch(len(PHASES), device)
         self._reporter = Reporter()
@@ -151,29 +138,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
         self.has_custom_processors = False  # until the sampler is made
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
-        self._faults: set[int] = set()  # proposers on the device that failed
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
-
-    def _make_draft(
-        self, index: int, config: DraftModelConfig | LayerSkipConfig
-    ) -> DeviceDraft:
-        options: dict[str, Any] = {
-            "num_drawn": self._config.num_drawn if index == 0 else 0,
-            "req_states": self.req_states,
-            "out": self.builder.candidates.of(index),
-            "device": self.device,
-        }
-        if isinstance(config, LayerSkipConfig):
-            return LayerSkip(config, self.vllm_config, **options)
-        return DraftModel(
-            config,
-            self.vllm_config,
-            max_accepted=self._config.max_depth,
-            prefix=f"draft_model_{index}",
-            **options,
-        )
 
     def _set_what_the_runner_reads(self) -> None:
         self.model = None
@@ -204,7 +171,7 @@ class TreeSpeculator(DraftModelSpeculator):
         )
         for name, layer in layers.items():
             bind_layer(name, layer, self.kernels, self.batch)
-        for draft in self.drafts.values():
+        for draft in self.drafts.models.values():
             draft.load(self.kernels, target_model)
             self.draft_attn_layer_names |= draft.own_layer_names
         target_model.get_model_state_cls = lambda: TreeModelState.bound_to(self)  # type: ignore[assignment]
@@ -212,7 +179,7 @@ class TreeSpeculator(DraftModelSpeculator):
     def set_attn(
         self, model_state: Any, kv_cache_config: Any, block_tables: Any, *args: Any
     ) -> None:
-        for draft in self.drafts.values():
+        for draft in self.drafts.models.values():
             draft.set_cache(kv_cache_config, block_tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
@@ -220,10 +187,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         """vLLM captures its graphs now, so draft models do as well."""
-        for draft in self.drafts.values():
-            draft.capture()
-        if self.recycle is not None:
-            self.recycle.capture()
+        self.drafts.capture()
 
     def observe_verification(self, *args: Any) -> None:
         """vLLM's acceptance estimator serves adaptive verification, which is off."""
@@ -261,9 +225,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 self.sampled.add_request(slot)
         if self.hosted is not None:
             self.hosted.add_request(slot, token_ids)
-        if self.recycle is not None:
-            with self._tried(self.recycle.index):
-                self.recycle.add_prompt(token_ids)
+        self.drafts.add_request(token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
@@ -321,12 +283,8 @@ class TreeSpeculator(DraftModelSpeculator):
         draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
-        offered = self._draft_on_device(
-            input_batch,
-            num_sampled,
-            temperature,
-            wanted,
-            draws=draws,
+        offered = self.drafts.draft(
+            input_batch, num_sampled, temperature, wanted, draws=draws
         )
         if self.hosted is not None:
             offered += self.hosted.draft(slots_np, wanted, self.builder, self._worth)
@@ -359,19 +317,15 @@ class TreeSpeculator(DraftModelSpeculator):
     ) -> None:
         """Drafts were verified; their trees are about to be replaced."""
         self._count(input_batch)
-        recycle = self.recycle
-        if recycle is not None and self._worth.drafting[recycle.index]:
-            with self._tried(recycle.index):
-                recycle.learn(
-                    logits, input_batch, self.trees, self.paths, sampled, num_sampled
-                )
+        self.drafts.learn_logits(
+            logits, input_batch, self.trees, self.paths, sampled, num_sampled
+        )
 
     def clear(self) -> None:
         """Forget all text that proposers have learned from."""
         if self.hosted is not None:
             self.hosted.pool.clear()
-        if self.recycle is not None:
-            self.recycle.clear()
+        self.drafts.clear()
 
     def _count(self, input_batch: Any) -> None:
         num_reqs = input_batch.num_reqs
@@ -393,7 +347,7 @@ class TreeSpeculator(DraftModelSpeculator):
             "phase_seconds": self.phases.seconds(),
         }
         gauges: Increments = {}
-        faults = self._faults
+        faults = self.drafts.faulty
         if self.hosted is not None:
             hosted = self.hosted
             faults = faults.union(hosted.faulty)
@@ -423,7 +377,7 @@ class TreeSpeculator(DraftModelSpeculator):
         """Whether a request of this batch has its children drawn."""
         return (
             self.sampled is not None
-            and 0 in self.drafts
+            and 0 in self.drafts.models
             and self._worth.drafting[0]
             and num_nodes > 0
             and self.sampled.any_of(slot_list)
@@ -440,13 +394,16 @@ class TreeSpeculator(DraftModelSpeculator):
         chain_only, sampled = self._chain_only[slots], self.sampled
         if sampled is None:
             return self.builder.build(slots, budgets, chain_only)
-        if not draws or 0 not in self.drafts:  # it may have failed meanwhile
+        if not draws or 0 not in self.drafts.models:  # it may have failed meanwhile
             sampled.reset(slots, slot_list)
             return self.builder.build(slots, budgets, chain_only)
         is_drawn = sampled.drawing.is_drawn[: slots.shape[0]]
         draft_tokens = self.builder.build(slots, budgets, chain_only, is_drawn.clone())
         sampled.place(
-            slots, self.builder.candidates.of(0), self.drafts[0].grower, slot_list
+            slots,
+            self.builder.candidates.of(0),
+            self.drafts.models[0].grower,
+            slot_list,
         )
         return draft_tokens
 
@@ -456,63 +413,10 @@ class TreeSpeculator(DraftModelSpeculator):
         self._worth.stopwatch.step()
         if input_batch.num_draft_tokens and self._counts is not None:
             self._worth.observe(self._counts)
-            for index, draft in self.drafts.items():
-                draft.learn(self.trees, self.paths, slots, index)
+            self.drafts.learn(self.trees, self.paths, slots)
         self.builder.learn(
             *self._feedback.emitted(states.all_token_ids.gpu, states.total_len.gpu)
         )
-
-    def _draft_on_device(
-        self,
-        input_batch: Any,
-        num_sampled: torch.Tensor,
-        temperature: torch.Tensor,
-        wanted: npt.NDArray[np.bool_],  # [num_proposers, num_reqs]
-        *,
-        draws: bool,
-    ) -> npt.NDArray[np.int32]:  # [num_reqs]
-        """Let the drafts catch up, and grow trees; returns nodes offered to each
-        request at most."""
-        num_reqs = input_batch.num_reqs
-        offered = np.zeros(num_reqs, np.int32)
-        proposers: dict[int, DeviceDraft | Recycle] = dict(self.drafts)
-        if self.recycle is not None:
-            proposers[self.recycle.index] = self.recycle
-        for index, proposer in proposers.items():
-            grows, nodes = bool(wanted[index].any()), 0
-            with self._tried(index):
-                proposer.catch_up(input_batch, num_sampled, temperature)
-                if grows:
-                    nodes = proposer.propose(num_reqs, draws=draws and index == 0)
-            if nodes:
-                offered += nodes * wanted[index]
-            else:
-                self.builder.forget(index, num_reqs)
-        return offered
-
-    @contextmanager
-    def _tried(self, index: int) -> Iterator[None]:
-        """Time what a proposer on the device does, and go on without it if it fails."""
-        try:
-            with self._worth.stopwatch.measure(index):
-                yield
-        except Exception:  # it may cost speed, never a request
-            if self._ranks.world_size > 1:
-                raise  # the other ranks have not failed, and would draft other trees
-            self._dismiss(index)
-
-    def _dismiss(self, index: int) -> None:
-        logger.exception(
-            "treespec: proposer %r failed and is off until restart; requests go on "
-            "without it",
-            self._names[index],
-        )
-        self._faults.add(index)
-        if self.recycle is not None and index == self.recycle.index:
-            self.recycle = None
-            self.builder.forget(index, len(self._num_drafts))
-        else:
-            del self.drafts[index]
 
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""
@@ -541,7 +445,7 @@ class TreeSpeculator(DraftModelSpeculator):
     def _show_memory_to_profiler(self, num_tokens: int) -> None:
         """Claim what verification and drafting will, so that the KV cache leaves room."""
         self._show_logits_to_profiler()
-        for draft in self.drafts.values():
+        for draft in self.drafts.models.values():
             draft.profile(num_tokens)
 
     def _show_logits_to_profiler(self) -> None:

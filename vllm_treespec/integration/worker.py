@@ -62,7 +62,7 @@ class TreeWorker(PlatformWorker):
 
     def treespec_layer_skip(self, method: str, *arguments: Any) -> Any:
         """For ``collective_rpc``: ask the ``layer_skip`` proposer to do something."""
-        drafts = self.model_runner.speculator.drafts.values()
+        drafts = self.model_runner.speculator.drafts.models.values()
         (draft,) = [each for each in drafts if isinstance(each, LayerSkip)]
         return getattr(draft, method)(*arguments)
 
