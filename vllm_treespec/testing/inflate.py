@@ -111,9 +111,9 @@ class Inflated:
             yield f"head_dim={large.head_dim}: must be a multiple of {small.head_dim}"
         if _num_queries(large) < _num_queries(small):
             yield f"num_attention_heads={large.num_attention_heads}: too few for each KV head"
-        if large.vocab_size > small.vocab_size:
-            if large.hidden_size == small.hidden_size:
-                yield "vocab_size: cannot grow unless hidden_size does"
+        has_room = large.hidden_size > small.hidden_size
+        if large.vocab_size > small.vocab_size and not has_room:
+            yield "vocab_size: cannot grow unless hidden_size does"
         if large.tie_word_embeddings and not small.tie_word_embeddings:
             yield "tie_word_embeddings: the small model's are not tied"
         rope = self._config["rope_parameters"]["rope_type"]
@@ -137,8 +137,9 @@ class Inflated:
 
             embedding = read("model.embed_tokens")
             head = embedding if self.small.tie_word_embeddings else read("lm_head")
-            yield "model.embed_tokens.weight", self._embedding(embedding).to(
-                device, dtype
+            yield (
+                "model.embed_tokens.weight",
+                self._embedding(embedding).to(device, dtype),
             )
             if not self.large.tie_word_embeddings:
                 yield "lm_head.weight", self._head(head).to(device, dtype)

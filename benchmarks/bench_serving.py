@@ -1,0 +1,327 @@
+"""Tokens per second of trees, of vLLM's own chains and of no speculation.
+
+    python benchmarks/bench_serving.py [--size 8B] [--minutes 4] [--small]
+
+Every method is an engine of its own around the same weights, and they take turns: each
+round is all methods in each setting, one after another, on the same prompts. First the
+greedy text of all of them is held against the small target in float32.
+
+Without a GPU, and with --small, everything is a miniature; on a CPU only ratios are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from inflated_engine import (
+    ON_CPU,
+    PROMPT_LEN,
+    RESULTS,
+    SIZES,
+    TIE,
+    Models,
+    Run,
+    decode,
+    forget,
+    header,
+    held_out_prompts,
+    start,
+    worst_choice,
+)
+
+from vllm_treespec.testing.bench import print_table
+
+NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is measured."""
+
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    chains: tuple[int, ...] = (2, 4, 8)
+    num_nodes: int = 32
+    depth: int = 6
+    width: int = 8
+    num_tokens: int = 128
+    num_prompts: int = 4  # at least, in several batches if they are smaller
+    max_rounds: int = 10
+
+
+SMALL = Extent(
+    batches=(1, 2),
+    chains=(2, 4),
+    num_nodes=8,
+    depth=3,
+    width=2,
+    num_tokens=24,
+    num_prompts=2,
+    max_rounds=1,
+)
+
+
+def methods(models: Models, extent: Extent) -> dict[str, dict[str, Any] | None]:
+    """Name -> vLLM's speculative_config, None for no speculation."""
+    draft = str(models.path("draft"))
+    grown = {"depth": extent.depth, "width": extent.width}
+    draft_model = {"type": "draft_model", "model": draft, **grown}
+    suffix = {"type": "suffix"}
+    trees = {
+        "draft_model": [draft_model],
+        "draft_model+suffix": [draft_model, suffix],
+        "suffix": [suffix],
+    }
+    return {
+        NONE: None,
+        "ngram, 4": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 5,
+        },
+        **{
+            f"draft_model, {length}": {
+                "method": "draft_model",
+                "model": draft,
+                "num_speculative_tokens": length,
+                # Accepts more than the default where text is sampled, but its kernel
+                # calls libdevice, which Triton's interpreter does not have.
+                "draft_sample_method": "greedy" if ON_CPU else "probabilistic",
+            }
+            for length in extent.chains
+        },
+        **{
+            f"treespec {name}, {extent.num_nodes}": {
+                "method": "treespec",
+                "num_speculative_tokens": extent.num_nodes,
+                # An interpreter's times would put proposers to rest.
+                "tree": {"proposers": proposers, "adaptive": not ON_CPU},
+            }
+            for name, proposers in trees.items()
+        },
+    }
+
+
+class Check(NamedTuple):
+    batch: int
+    method: str
+    same_text_as_none: str
+    worst_choice: str
+
+
+class Row(NamedTuple):
+    T: float
+    batch: int
+    method: str
+    tokens_per_step: float
+    tokens_per_s: float
+    ms_per_token: float
+    speed_up: str  # tokens per second over those of no speculation
+    speed_up_over_chains: float
+
+
+class Ratios(NamedTuple):
+    """As much of a row as a CPU may say."""
+
+    T: float
+    batch: int
+    method: str
+    tokens_per_step: float
+    speed_up: str
+    speed_up_over_chains: float
+
+
+Runs = dict[
+    tuple[float, int, str], list[Run]
+]  # (temperature, batch, method), a round each
+
+
+class Bench:
+    """All engines, and the prompts of every batch size."""
+
+    def __init__(self, models: Models, extent: Extent) -> None:
+        self.extent = extent
+        self.engines = {}
+        for name, speculative in methods(models, extent).items():
+            begin = time.perf_counter()
+            self.engines[name] = start(
+                models,
+                speculative,
+                max_num_seqs=max(extent.batches),
+                max_model_len=256 if ON_CPU else 1024,
+            )
+            progress(f"{name}: started in {time.perf_counter() - begin:.0f} s")
+        self._prompts = held_out_prompts(max(*extent.batches, extent.num_prompts))
+
+    def prompts(self, batch: int) -> list[list[int]]:
+        return self._prompts[: max(batch, self.extent.num_prompts)]
+
+    def run(self, method: str, batch: int, temperature: float) -> Run:
+        """All prompts, so many at a time, by an engine that has read none of them."""
+        llm, prompts = self.engines[method], self.prompts(batch)
+        forget(llm)
+        runs = [
+            decode(
+                llm,
+                prompts[first : first + batch],
+                temperature=temperature,
+                num_tokens=self.extent.num_tokens,
+            )
+            for first in range(0, len(prompts), batch)
+        ]
+        return Run(
+            [text for run in runs for text in run.texts],
+            sum(run.seconds for run in runs),
+            sum(run.num_decoded for run in runs),
+            sum(run.num_steps for run in runs),
+            [each for run in runs for each in run.decoding],
+        )
+
+    def settings(self) -> Iterator[tuple[float, int]]:
+        return product(self.extent.temperatures, self.extent.batches)
+
+    def check(self) -> list[Check]:
+        """Greedy text of all methods; sampled text only warms them up."""
+        rows = []
+        for temperature, batch in self.settings():
+            runs = {name: self.run(name, batch, temperature) for name in self.engines}
+            if temperature:
+                continue
+            plain = runs[NONE].texts
+            for name, run in runs.items():
+                alike = sum(map(list.__eq__, run.texts, plain))
+                worst = worst_choice(self.prompts(batch), run.texts)
+                same = f"{alike} of {len(plain)}"
+                rows.append(Check(batch, name, same, f"{worst:.4f}"))
+                if worst > TIE:
+                    raise SystemExit(
+                        f"not what the target says, by > {TIE}: {rows[-1]}"
+                    )
+        return rows
+
+    def measure(self, deadline: float) -> Runs:
+        """Whole rounds, one at least."""
+        runs: Runs = {}
+        for number in range(self.extent.max_rounds):
+            begin = time.monotonic()
+            for temperature, batch in self.settings():
+                for name in self.engines:
+                    run = self.run(name, batch, temperature)
+                    runs.setdefault((temperature, batch, name), []).append(run)
+            seconds = time.monotonic() - begin
+            progress(f"round {number + 1} took {seconds:.0f} s")
+            if time.monotonic() + seconds > deadline:
+                break
+        return runs
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def speeds(runs: list[Run]) -> list[float]:
+    """Tokens per second of each round, prefill included."""
+    return [sum(map(len, run.texts)) / run.seconds for run in runs]
+
+
+def rows_of(runs: Runs) -> list[Row]:
+    rows = []
+    for (temperature, batch, name), rounds in runs.items():
+        alike = {
+            key[2]: each
+            for key, each in runs.items()
+            if key[:2] == (temperature, batch)
+        }
+        ours, plain = speeds(rounds), speeds(alike[NONE])
+        ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
+        chain = max(
+            median(speeds(each))
+            for other, each in alike.items()
+            if other.startswith(("ngram", "draft_model"))
+        )
+        num_steps = sum(run.num_steps for run in rounds)
+        rows.append(
+            Row(
+                temperature,
+                batch,
+                name,
+                sum(run.num_decoded for run in rounds) / num_steps,
+                median(ours),
+                1e3 * median(mean(run.decoding) for run in rounds),
+                f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                median(ours) / chain,
+            )
+        )
+    return rows
+
+
+def ratios_of(rows: list[Row]) -> list[Ratios]:
+    return [Ratios(*(getattr(row, name) for name in Ratios._fields)) for row in rows]
+
+
+NOTES = """\
+Target and draft are the bundled pair, inflated to the shapes of {size}: text and
+acceptance are theirs (the draft's first choice is the target's in 45% of all places, less
+than of usual pairs, but greedy text soon repeats itself), the cost is the large shapes'.
+Prompts are {prompt_len} tokens of held-out files, answers {num_tokens} tokens; a number
+behind a method's name is its drafts per step. Engines run in this process, whole steps in
+CUDA graphs where there is a GPU, without torch.compile, and share the models' memory.
+They take turns for {num_rounds} round(s), and forget what they have read before each turn.
+
+tokens_per_step: what a request gets from a forward pass of the target that it takes part
+in. tokens_per_s: of all requests, prefill included. ms_per_token: between a request's
+tokens, on average. speed_up: over no speculation in the same round, median and range.
+speed_up_over_chains: over vLLM's best one in this setting.
+
+vLLM's own `suffix` is missing: Model Runner V2, in which everything here runs, does not
+support it, and it needs the package arctic-inference.
+
+worst_choice: how far the least likely token of any answer was behind the likeliest, in
+logits of the small target in float32; {tie} is allowed for rounding.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SIZES, default="8B", help="of the models")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of rounds")
+    parser.add_argument("--small", action="store_true", help="everything, in miniature")
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.md")
+    options = parser.parse_args()
+    is_small = options.small or ON_CPU
+    extent, size = (SMALL, "miniature") if is_small else (Extent(), options.size)
+    bench = Bench(Models(size), extent)
+    checks = bench.check()
+    runs = bench.measure(time.monotonic() + 60 * options.minutes)
+    rows = rows_of(runs)
+    notes = NOTES.format(
+        size=size,
+        prompt_len=PROMPT_LEN,
+        num_tokens=extent.num_tokens,
+        num_rounds=len(next(iter(runs.values()))),
+        tie=TIE,
+    )
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        print_table("Greedy text, before any time", checks)
+        print_table("Serving", ratios_of(rows) if ON_CPU else rows)
+    print(written.getvalue())
+    command = " ".join(["python benchmarks/bench_serving.py", *sys.argv[1:]])
+    options.out.write_text(header("Serving", command) + notes + written.getvalue())
+
+
+if __name__ == "__main__":
+    main()
