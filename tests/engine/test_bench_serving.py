@@ -1,0 +1,54 @@
+"""The serving benchmark's miniature: every method in one process, and its table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+METHODS = (
+    "none",
+    "ngram, 4",
+    *("draft_model, 2", "draft_model, 4"),
+    *("treespec draft_model, 8", "treespec draft_model+suffix, 8", "treespec suffix, 8"),
+)
+
+
+def table(text: str, title: str) -> list[dict[str, str]]:
+    """Rows of the table below a title."""
+    lines = text.split(f"\n{title}\n")[1].split("\n\n")[1].splitlines()
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines
+    ]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_all_methods_say_the_same_and_the_table_has_ratios(tmp_path):
+    written = tmp_path / "serving.md"
+    subprocess.run(
+        [sys.executable, "benchmarks/bench_serving.py", "--small", "--out", written],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        check=True,
+    )
+    text = written.read_text()
+    checks = table(text, "Greedy text, before any time")
+    assert [row["method"] for row in checks] == 2 * [*METHODS]
+    for row in checks:
+        batch = row["batch"]
+        assert row["same_text_as_none"] == f"{batch} of {batch}"
+    rows = {
+        (row["T"], row["batch"], row["method"]): row for row in table(text, "Serving")
+    }
+    assert len(rows) == 2 * 2 * len(METHODS)
+    for (temperature, batch, method), row in rows.items():
+        speed_up, tokens = float(row["speed_up"].split()[0]), row["tokens_per_step"]
+        assert speed_up > 0 and float(row["speed_up_over_chains"]) > 0
+        if method == "none":
+            assert (speed_up, tokens) == (1, "1.00")
+        elif temperature == "0.00" and "draft_model" in method:
+            assert float(tokens) > 1.2, f"{method} drafts in vain, batch {batch}"
+    if "A miniature on a CPU" in text:
+        assert "tokens_per_s" not in text.split("Serving\n")[-1]
