@@ -2,46 +2,87 @@
 
     python benchmarks/all.py [--minutes 9]
 
-Tables of kernels, of serving and of a step go to benchmarks/results; the replays of
-drafted text, whose full runs take long and need no GPU, run in miniature to show that
-they are alive, and write nothing.
+Tables of kernels, drafting, steps and serving go to benchmarks/results. Replays of drafted
+text need no GPU and take long: of them only a miniature runs, to show that they are alive.
+Serving comes last and has the rest of the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).parent
-# Engines of the serving benchmark start and are checked before its rounds.
-SERVING_START = 2.5  # minutes
-KERNELS = ("build", "compact_kv", "tree_attention", "draft_phase")
-REPLAYS = {"draft_trees": ["--quick"], "verification_rules": ["--quick"]}
+HAS_GPU = os.path.exists("/dev/nvidiactl")
+KERNELS = ("build", "compact_kv", "tree_attention") if HAS_GPU else ()
+REPLAYS = ("draft_trees", "verification_rules")
+# Of serving, before its rounds: engines start and are checked.
+STARTING = 2.5  # minutes
 
 
-class Outcome(NamedTuple):
-    script: str
-    seconds: float
-    outcome: str
+class Failed(Exception):
+    """A script ended badly or did not end in time."""
 
 
-def run(name: str, *options: str, keeps: bool = False, deadline: float) -> Outcome:
-    """One script; ``keeps`` what it prints as its table."""
-    begin = time.monotonic()
+def run(name: str, *options: str, seconds: float) -> str:
+    """What the script prints; it is shown as well."""
     command = [sys.executable, str(HERE / f"bench_{name}.py"), *options]
-    print(f"\n$ {' '.join(command[1:])}", flush=True)
-    output = subprocess.PIPE if keeps else None
+    begin = time.monotonic()
+    print(
+        f"\n$ python {' '.join([f'benchmarks/bench_{name}.py', *options])}", flush=True
+    )
     try:
         ended = subprocess.run(
-            command, stdout=output, text=True, timeout=max(1, deadline - begin)
+            command, stdout=subprocess.PIPE, text=True, timeout=max(1.0, seconds)
         )
-        outcome = "done" if ended.returncode == 0 else f"FAILED, {ended.returncode}"
-    except subprocess.TimeoutExpired:
-        outcome = "FAILED, out of time"
-    else:
-        if keeps and ended.returncode == 0:
-            print(ended.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{name}: not done within {seconds:.0f} s") from error
+    print(f"{ended.stdout}\n({time.monotonic() - begin:.0f} s)", flush=True)
+    if ended.returncode:
+        raise Failed(f"{name}: exit status {ended.returncode}")
+    return ended.stdout
+
+
+def keep(name: str, tables: str) -> None:
+    """In a file for scripts that write none."""
+    commit = subprocess.check_output(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True
+    ).strip()
+    head = (
+        f"# {name}\n\n```\npython benchmarks/bench_{name}.py\n```\n\nCommit {commit}.\n"
+    )
+    (HERE / f"results/{name}.md").write_text(head + tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    deadline = time.monotonic() + 60 * parser.parse_args().minutes
+    failures = []
+
+    def attempt(name: str, *options: str, keeps: bool = False) -> None:
+        try:
+            tables = run(name, *options, seconds=deadline - time.monotonic())
+            if keeps:
+                keep(name, tables)
+        except Failed as error:
+            failures.append(str(error))
+
+    for name in KERNELS:
+        attempt(name, keeps=True)
+    attempt("draft_phase", keeps=HAS_GPU)
+    attempt("step")
+    for name in REPLAYS:
+        attempt(name, "--quick")
+    left = (deadline - time.monotonic()) / 60 - STARTING
+    attempt("serving", "--minutes", f"{max(0.0, left):.1f}")
+    print("\n".join(failures))
+    raise SystemExit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import functools
 import json
 import subprocess
 import sys
@@ -59,6 +60,8 @@ import train  # noqa: E402 (found through the line above)
 DTYPE = "float32" if ON_CPU else "bfloat16"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 PROMPT_LEN = 64
+# Of an engine, in bytes: 64 requests of 256 tokens in an 8B and a 1B model take 2.5 GiB.
+KV_CACHE = 4 * 2**30
 # Logits that rounding may reorder; bfloat16 moves those of the bundled target by 0.15.
 TIE = 1e-3 if ON_CPU else 0.5
 # A little of every dimension, so that the miniature takes the same way.
@@ -143,7 +146,7 @@ def start(
     if not ON_CPU:
         # Whole steps in CUDA graphs without torch.compile, which takes minutes for each.
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-        options = {"compilation_config": graphs, "kv_cache_memory_bytes": 6 * 2**30}
+        options = {"compilation_config": graphs, "kv_cache_memory_bytes": KV_CACHE}
         # The share that must be free at start; the others' memory is not.
         options["gpu_memory_utilization"] = 0.05
     return LLM(
@@ -227,14 +230,18 @@ def held_out_prompts(count: int) -> list[list[int]]:
     return spread_prompts(files, count, PROMPT_LEN)[0].tolist()
 
 
+@functools.cache
+def small_target() -> Any:
+    return LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
+
+
 @torch.inference_mode()
 def worst_choice(
     prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> float:
     """How far the least likely token of all texts was behind the likeliest, in logits
     of the small target in float32: 0 for greedy text without rounding."""
-    small = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
-    worst = 0.0
+    small, worst = small_target(), 0.0
     for prompt, text in zip(prompts, texts, strict=True):
         token_ids = torch.tensor([[*prompt, *text]])
         logits = small(token_ids).logits[0, len(prompt) - 1 : -1]
