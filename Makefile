@@ -1,4 +1,4 @@
-# Every target works on a machine without a GPU, except bench.
+# Every target works on a machine without a GPU; bench is a miniature there.
 # Safe path: ./kernels must never shadow the PyPI package of that name.
 export PYTHONSAFEPATH = 1
 export OMP_NUM_THREADS ?= 1

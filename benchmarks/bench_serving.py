@@ -68,12 +68,11 @@ MINIATURE = Extent(
     num_nodes=8,
     depth=3,
     width=2,
-    num_tokens=24,
+    num_tokens=16,
+    num_prompts=2,
     max_rounds=3,
 )
-SMALL = replace(
-    MINIATURE, batches=(2,), chains=(2,), num_tokens=12, num_prompts=2, max_rounds=1
-)
+SMALL = replace(MINIATURE, batches=(2,), chains=(2,), num_tokens=12, max_rounds=1)
 
 
 def methods(models: Models, extent: Extent) -> dict[str, dict[str, Any] | None]:
@@ -213,8 +212,8 @@ class Bench:
             self.run(name, 1, 1.0, num_tokens=WARM_UP)
         return rows
 
-    def measure(self, deadline: float) -> Runs:
-        """Whole rounds, one at least."""
+    def rounds(self, deadline: float) -> Iterator[Runs]:
+        """All that was measured so far, after each whole round; one at least."""
         runs: Runs = {}
         for number in range(self.extent.max_rounds):
             begin = time.monotonic()
@@ -224,9 +223,9 @@ class Bench:
                     runs.setdefault((temperature, batch, name), []).append(run)
             seconds = time.monotonic() - begin
             progress(f"round {number + 1} took {seconds:.0f} s")
+            yield runs
             if time.monotonic() + seconds > deadline:
                 break
-        return runs
 
 
 def progress(line: str) -> None:
@@ -305,22 +304,28 @@ def main() -> None:
     size = "miniature" if options.small or ON_CPU else options.size
     bench = Bench(Models(size), extent)
     checks = bench.check()
-    runs = bench.measure(time.monotonic() + 60 * options.minutes)
-    rows = rows_of(runs)
-    notes = NOTES.format(
-        size=size,
-        prompt_len=PROMPT_LEN,
-        num_tokens=extent.num_tokens,
-        num_rounds=len(next(iter(runs.values()))),
-        tie=TIE,
-    )
+    for runs in bench.rounds(time.monotonic() + 60 * options.minutes):
+        # After each round: whoever is stopped has a table.
+        tables = tables_of(checks, rows_of(runs))
+        num_rounds = len(next(iter(runs.values())))
+        notes = NOTES.format(
+            size=size,
+            prompt_len=PROMPT_LEN,
+            num_tokens=extent.num_tokens,
+            num_rounds=num_rounds,
+            tie=TIE,
+        )
+        command = " ".join(["python benchmarks/bench_serving.py", *sys.argv[1:]])
+        options.out.write_text(header("Serving", command) + notes + tables)
+    print(tables)
+
+
+def tables_of(checks: list[Check], rows: list[Row]) -> str:
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         print_table("Greedy text, before any time", checks)
         print_table("Serving", ratios_of(rows) if ON_CPU else rows)
-    print(written.getvalue())
-    command = " ".join(["python benchmarks/bench_serving.py", *sys.argv[1:]])
-    options.out.write_text(header("Serving", command) + notes + written.getvalue())
+    return written.getvalue()
 
 
 if __name__ == "__main__":

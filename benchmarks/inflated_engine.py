@@ -232,7 +232,8 @@ def held_out_prompts(count: int) -> list[list[int]]:
 
 @functools.cache
 def small_target() -> Any:
-    return LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
+    folder = MODELS / "target"
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
 
 
 @torch.inference_mode()
@@ -243,9 +244,9 @@ def worst_choice(
     of the small target in float32: 0 for greedy text without rounding."""
     small, worst = small_target(), 0.0
     for prompt, text in zip(prompts, texts, strict=True):
-        token_ids = torch.tensor([[*prompt, *text]])
+        token_ids = torch.tensor([[*prompt, *text]], device=DEVICE)
         logits = small(token_ids).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]
+        chosen = logits.gather(1, token_ids[0, len(prompt) :, None])[:, 0]
         worst = max(worst, float((logits.amax(1) - chosen).max()))
     return worst
 

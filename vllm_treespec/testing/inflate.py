@@ -133,7 +133,8 @@ class Inflated:
         with safe_open(self._folder / "model.safetensors", framework="pt") as file:
 
             def read(name: str) -> torch.Tensor:
-                return file.get_tensor(f"{name}.weight").float()
+                weight: torch.Tensor = file.get_tensor(f"{name}.weight")
+                return weight.float()
 
             embedding = read("model.embed_tokens")
             head = embedding if self.small.tie_word_embeddings else read("lm_head")
