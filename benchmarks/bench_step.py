@@ -50,6 +50,7 @@ NUM_TOKENS = 24 if ON_CPU else 128  # of the text that is checked
 NUM_STEPS = 8 if ON_CPU else 32  # that are timed
 NUM_PROFILED = 2 if ON_CPU else 8
 NUM_OPERATORS = 12
+MAX_LEN = 256 if ON_CPU else 2048  # greedy text repeats itself, and grows fast
 MODEL, SAMPLE, FORWARD, CATCH_UP, GROW = range(5)
 
 
@@ -121,21 +122,22 @@ class Timers:
         }
 
 
-def first_tokens(llm: LLM, prompts: Sequence[Sequence[int]]) -> None:
-    """Add the prompts, and step until every request is decoding."""
+def first_tokens(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Add the prompts, and step until every request is decoding; returns their names."""
     params = SamplingParams(
-        temperature=0.0, max_tokens=512, ignore_eos=True, detokenize=False
+        temperature=0.0,
+        max_tokens=MAX_LEN - PROMPT_LEN,
+        ignore_eos=True,
+        detokenize=False,
     )
-    if ON_CPU:
-        params.max_tokens = 180
-    engine, waiting = llm.llm_engine, set()
-    for row, prompt in enumerate(prompts):
-        engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, params)
-        waiting.add(str(row))
+    names = [f"{row} of {len(prompts)}" for row in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+    waiting = set(names)
     while waiting:
-        waiting -= {
-            each.request_id for each in engine.step() if each.outputs[0].token_ids
-        }
+        outputs = llm.llm_engine.step()
+        waiting -= {each.request_id for each in outputs if each.outputs[0].token_ids}
+    return names
 
 
 def timed_steps(llm: LLM, timers: Timers, batch: int) -> list[Part]:
@@ -183,8 +185,9 @@ def profiled_steps(llm: LLM) -> list[Operator]:
     ]
 
 
-def stop_requests(llm: LLM, batch: int) -> None:
-    llm.llm_engine.abort_request([str(row) for row in range(batch)])
+def stop(llm: LLM, names: list[str]) -> None:
+    assert llm.llm_engine.get_num_unfinished_requests() == len(names), "ended too soon"
+    llm.llm_engine.abort_request(names)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
 
@@ -198,9 +201,12 @@ def start_engine(models: Models) -> LLM:
         # Every step is to have all its parts.
         "tree": {"proposers": proposers, "adaptive": False},
     }
-    max_model_len = 256 if ON_CPU else 1024
     return start(
-        models, speculative, max_num_seqs=max(BATCHES), max_model_len=max_model_len
+        models,
+        speculative,
+        max_num_seqs=max(BATCHES),
+        max_model_len=MAX_LEN,
+        kv_cache_bytes=2**26 if ON_CPU else 24 * 2**30,
     )
 
 
@@ -232,10 +238,10 @@ def main() -> None:
     timers, parts, operators = Timers(llm), [], {}
     for batch in BATCHES:
         forget(llm)
-        first_tokens(llm, prompts[:batch])
+        names = first_tokens(llm, prompts[:batch])
         parts += timed_steps(llm, timers, batch)
         operators[batch] = profiled_steps(llm)
-        stop_requests(llm, batch)
+        stop(llm, names)
     notes = NOTES.format(
         size=size,
         nodes=NUM_NODES,

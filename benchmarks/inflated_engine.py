@@ -60,8 +60,6 @@ import train  # noqa: E402 (found through the line above)
 DTYPE = "float32" if ON_CPU else "bfloat16"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 PROMPT_LEN = 64
-# Of an engine, in bytes: 64 requests of 256 tokens in an 8B and a 1B model take 2.5 GiB.
-KV_CACHE = 4 * 2**30
 # Logits that rounding may reorder; bfloat16 moves those of the bundled target by 0.15.
 TIE = 1e-3 if ON_CPU else 0.5
 # A little of every dimension, so that the miniature takes the same way.
@@ -140,13 +138,14 @@ def start(
     *,
     max_num_seqs: int,
     max_model_len: int,
+    kv_cache_bytes: int,
 ) -> LLM:
     """An engine beside any others; ``speculative`` is vLLM's speculative_config."""
-    options: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+    options: dict[str, Any] = {"enforce_eager": True}
     if not ON_CPU:
         # Whole steps in CUDA graphs without torch.compile, which takes minutes for each.
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-        options = {"compilation_config": graphs, "kv_cache_memory_bytes": KV_CACHE}
+        options = {"compilation_config": graphs}
         # The share that must be free at start; the others' memory is not.
         options["gpu_memory_utilization"] = 0.05
     return LLM(
@@ -157,6 +156,7 @@ def start(
         skip_tokenizer_init=True,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
+        kv_cache_memory_bytes=kv_cache_bytes,
         max_num_batched_tokens=max(8192, max_model_len),
         enable_prefix_caching=False,
         disable_log_stats=False,
