@@ -278,10 +278,12 @@ def ratios_of(rows: list[Row]) -> list[Ratios]:
 NOTES = """\
 Target and draft are the bundled pair, inflated (size: {size}): text and acceptance are
 theirs, the cost is the large shapes'. The draft's first choice is the target's in 45% of
-all places, less than usual; but greedy text soon repeats itself, more than usual. Prompts are {prompt_len} tokens of held-out files, answers {num_tokens} tokens; a number
-behind a method's name is its drafts per step. Engines run in this process, whole steps in
-CUDA graphs where there is a GPU, without torch.compile, and share the models' memory.
-They take turns, {num_rounds} rounds of all settings, and forget what they have read before each turn.
+all places, less than usual; but greedy text soon repeats itself, more than usual.
+
+Prompts are {prompt_len} tokens of held-out files, answers {num_tokens} tokens; a number behind a
+method's name is its drafts per step. Engines run in this process, whole steps in CUDA
+graphs where there is a GPU, without torch.compile, and share the models' memory. They
+take turns and forget what they have read before each; rounds of all settings: {num_rounds}.
 
 tokens_per_step: what a request gets from a forward pass of the target that it takes part
 in. tokens_per_s: of all requests, prefill included. ms_per_token: between a request's
