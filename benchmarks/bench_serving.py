@@ -148,9 +148,8 @@ class Ratios(NamedTuple):
     speed_up_over_chains: float
 
 
-Runs = dict[
-    tuple[float, int, str], list[Run]
-]  # (temperature, batch, method), a round each
+# (temperature, batch, method) -> a run of each round
+Runs = dict[tuple[float, int, str], list[Run]]
 
 
 class Bench:
@@ -203,9 +202,12 @@ class Bench:
         rows = []
         for batch in self.extent.batches:
             prompts, num_tokens = self.prompts(batch), self.extent.num_tokens
-            plain = self.run(NONE, batch, 0.0, num_tokens).texts
-            for name in self.engines:
-                texts = self.run(name, batch, 0.0, num_tokens).texts
+            said = {
+                name: self.run(name, batch, 0.0, num_tokens).texts
+                for name in self.engines
+            }
+            plain = said[NONE]
+            for name, texts in said.items():
                 same = f"{sum(map(list.__eq__, texts, plain))} of {len(plain)}"
                 worst = worst_choice(prompts, texts)
                 rows.append(Check(batch, name, same, f"{worst:.4f}"))
