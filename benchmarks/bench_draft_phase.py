@@ -121,7 +121,7 @@ def measure(draft: Any, forwards: GraphedRows, num_reqs: int) -> Row:
     draft._ends[:num_reqs] = CONTEXT
     draft._active[:num_reqs] = True
     catch_up = median_us(lambda: draft._feed_decodes(num_reqs))
-    grow = median_us(lambda: draft._grow_trees(num_reqs))
+    grow = median_us(lambda: draft._grow_all[False](num_reqs))
     assert (draft._out.num_candidates[:num_reqs] > 0).all(), "nothing was drafted"
     pure = median_us(lambda: forwards(num_reqs))
     return Row(num_reqs, catch_up, grow, pure, (catch_up + grow) / pure)
