@@ -82,7 +82,7 @@ class Timers:
         runner = core.engine_core.model_executor.driver_worker.worker.model_runner
         self._speculator = runner.speculator
         self._laps = Stopwatch(5, DEVICE)
-        (draft,) = self._speculator.drafts.values()
+        (draft,) = self._speculator.drafts.models.values()
         self._wrap(runner, "execute_model", MODEL)
         self._wrap(runner, "sample_tokens", SAMPLE)
         self._wrap(runner.model, "forward", FORWARD)
