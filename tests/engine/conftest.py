@@ -292,6 +292,36 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     stop()
 
 
+@pytest.fixture(scope="session")
+def answers() -> dict[str, list[list[int]]]:
+    """What engines without speculation said, by what they were asked."""
+    return {}
+
+
+@pytest.fixture
+def plain_greedy(
+    start: Callable[..., Engine], answers: dict[str, list[list[int]]]
+) -> Callable[..., list[list[int]]]:
+    """Greedy output token ids without speculation. Asked once: starting an engine is
+    most of what many tests do."""
+
+    def ask(
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 24,
+        params: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        options.pop("async_scheduling", None)  # changes no token
+        question = repr((model, prompts, max_tokens, params, sorted(options.items())))
+        if question not in answers:
+            engine = start(model, **options)
+            answers[question] = engine.greedy(prompts, max_tokens, **(params or {}))
+        return answers[question]
+
+    return ask
+
+
 @pytest.fixture
 def prompts() -> Callable[..., list[list[int]]]:
     """Random prompts of awkward lengths, the same for the same arguments."""

@@ -49,7 +49,7 @@ def proposers(draft_path):
 
 
 @pytest.fixture
-def check(start, proposers, acceptance):
+def check(start, plain_greedy, proposers, acceptance):
     """Run prompts plainly, then with draft models and the same engine options."""
 
     def check(
@@ -67,7 +67,7 @@ def check(start, proposers, acceptance):
         **options,
     ):
         sampling = params or {}
-        plain = start(model, **options).greedy(prompts, max_tokens, **sampling)
+        plain = plain_greedy(model, prompts, max_tokens, params, **options)
         engine = start(
             model,
             tree={

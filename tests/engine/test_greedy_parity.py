@@ -19,7 +19,7 @@ def truths_of(prompts, outputs):
 
 
 @pytest.fixture
-def check(start, acceptance):
+def check(start, plain_greedy, acceptance):
     """Run prompts plainly, then on planted trees with the same engine options."""
 
     def check(
@@ -34,7 +34,7 @@ def check(start, acceptance):
         **options,
     ):
         sampling = params or {}
-        plain = start(model, **options).greedy(prompts, max_tokens, **sampling)
+        plain = plain_greedy(model, prompts, max_tokens, params, **options)
         engine = start(
             model,
             truths=truths_of(prompts, plain),

@@ -80,11 +80,11 @@ def untouched(monkeypatch):
 
 
 @pytest.fixture
-def check(start, acceptance):
+def check(start, plain_greedy, acceptance):
     """Run prompts plainly, then with drafts, by the same engine options."""
 
     def check(model, batch, proposers, *, max_tokens=16, nodes=8, tree=None, **options):
-        plain = start(model, **options).greedy(batch, max_tokens)
+        plain = plain_greedy(model, batch, max_tokens, **options)
         engine = start(
             model,
             tree={"proposers": proposers, "adaptive": False, **(tree or {})},

@@ -69,10 +69,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
 def test_a_request_is_never_given_more_than_it_asked_for(
-    async_scheduling, model_path, draft_path, prompts, start, seen
+    async_scheduling, model_path, draft_path, prompts, start, plain_greedy, seen
 ):
     batch = [prompt * 2 for prompt in prompts(len(LIMITS), longest=20)]
-    plain = start(model_path("llama")).greedy(batch, 24)
+    plain = plain_greedy(model_path("llama"), batch, 24)
     model = {"type": "draft_model", "model": draft_path("llama"), "depth": 3}
     engine = start(
         model_path("llama"),
@@ -112,10 +112,10 @@ def test_a_request_is_never_given_more_than_it_asked_for(
 
 
 def test_defaults_hold_for_requests_that_ask_for_nothing(
-    model_path, prompts, start, seen
+    model_path, prompts, start, plain_greedy, seen
 ):
     batch = [prompt * 2 for prompt in prompts(2)]
-    plain = start(model_path("llama")).greedy(batch, 16)
+    plain = plain_greedy(model_path("llama"), batch, 16)
     engine = start(
         model_path("llama"),
         tree={
@@ -149,10 +149,10 @@ def test_options_that_cannot_be_had_are_refused_before_anything_runs(
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
 def test_the_more_requests_the_smaller_their_trees(
-    async_scheduling, model_path, prompts, start, seen, acceptance
+    async_scheduling, model_path, prompts, start, plain_greedy, seen, acceptance
 ):
     batch = prompts(8)
-    plain = start(model_path("llama")).greedy(batch, 40)
+    plain = plain_greedy(model_path("llama"), batch, 40)
     truths = [prompt + output for prompt, output in zip(batch, plain, strict=True)]
     engine = start(
         model_path("llama"),

@@ -20,11 +20,18 @@ def tree_of(*proposers, **options):
 @pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("others", [[], ["suffix"], ["draft_model"]])
 def test_greedy_tokens_are_those_of_no_speculation(
-    others, async_scheduling, model_path, draft_path, prompts, start, acceptance
+    others,
+    async_scheduling,
+    model_path,
+    draft_path,
+    prompts,
+    start,
+    plain_greedy,
+    acceptance,
 ):
     batch = prompts(4)
     options = {"async_scheduling": async_scheduling}
-    plain = start(model_path("llama"), **options).greedy(batch, 32)
+    plain = plain_greedy(model_path("llama"), batch, 32)
     known = {
         "suffix": {"type": "suffix"},
         "draft_model": {
@@ -98,10 +105,10 @@ def test_sampled_tokens_are_right_and_nothing_waits_for_the_device(
 
 @pytest.mark.parametrize("broken", ["grow", "learn_nodes", "learn_prompt"])
 def test_a_proposer_that_fails_is_dismissed(
-    broken, model_path, prompts, start, monkeypatch
+    broken, model_path, prompts, start, plain_greedy, monkeypatch
 ):
     batch = prompts(3)
-    plain = start(model_path("llama")).greedy(batch, 12)
+    plain = plain_greedy(model_path("llama"), batch, 12)
     engine = start(model_path("llama"), tree=tree_of(RECYCLE, {"type": "ngram"}))
 
     def fail(*arguments):
