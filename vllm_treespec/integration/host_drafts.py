@@ -52,11 +52,9 @@ class HostDrafts:
             vllm_config.model_config.max_model_len,
         )
         self._suffix = [each for each in proposers if isinstance(each, SuffixProposer)]
-        num_proposers = len(config.proposers)
-        # Per proposer, those on the device included: requests it was asked about, and
-        # those that it had something for.
-        self.lookups = np.zeros(num_proposers, np.int64)
-        self.hits = np.zeros(num_proposers, np.int64)
+        # Per proposer: requests it was asked about, and those that it had something for.
+        self.lookups = np.zeros(len(self._indices))
+        self.hits = np.zeros(len(self._indices))
         self._ranks = ranks
         self._req_states = req_states
         self._columns = torch.arange(config.num_speculative_tokens + 1, device=device)
@@ -109,19 +107,19 @@ class HostDrafts:
         self._history.append(slots, sampled[:, 1:], counts)
         drafting = [bool(wanted[index].any()) for index in self._indices]
         candidates = self.pool.propose(self._step(slots), drafting)
-        for index, each in zip(self._indices, candidates, strict=False):
-            each.num_candidates[~wanted[index]] = 0
-            self.lookups[index] += np.count_nonzero(wanted[index] & (counts > 0))
-            self.hits[index] += np.count_nonzero(
-                (each.num_candidates > 0) & (counts > 0)
-            )
+        decodes = counts > 0
+        for place, each in enumerate(candidates):  # of the first rank
+            asked = wanted[self._indices[place]]
+            each.num_candidates[~asked] = 0
+            self.lookups[place] += np.count_nonzero(asked & decodes)
+            self.hits[place] += np.count_nonzero((each.num_candidates > 0) & decodes)
         if self._ranks.world_size > 1:
             candidates = self._ranks.broadcast_object(candidates, src=0)
         for index, each in zip(self._indices, candidates, strict=True):
             builder.upload(index, each)
         for index, seconds in zip(self._indices, self.pool.seconds, strict=False):
             worth.stopwatch.add(index, seconds)  # known to the first rank only
-        return np.where(counts > 0, num_offered(candidates), 0)
+        return np.where(decodes, num_offered(candidates), 0)
 
     @property
     def faulty(self) -> list[int]:

@@ -64,27 +64,30 @@ def settle_schedule(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
 
 def max_num_rows(vllm_config: VllmConfig) -> int:
     """Rows of a forward pass that are sampled from, at most."""
+    num_rows = max(last * (nodes + 1) for _, last, nodes in _applied(vllm_config))
     speculative = vllm_config.speculative_config
     assert speculative is not None
-    max_num_reqs: int = vllm_config.scheduler_config.max_num_seqs
-    schedule: Schedule | None = speculative.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        num_nodes: int = speculative.num_speculative_tokens
-        return max_num_reqs * (num_nodes + 1)
+    if speculative.num_speculative_tokens_per_batch_size is None:
+        return num_rows
     # A step's drafts are scheduled in the next one, to which newcomers may be added.
-    return max_num_reqs + max(
-        min(last, max_num_reqs) * (nodes + 1)
-        for first, last, nodes in schedule
-        if first <= max_num_reqs
-    )
+    return num_rows + int(vllm_config.scheduler_config.max_num_seqs)
 
 
 def max_num_drafting(vllm_config: VllmConfig) -> int:
     """Requests that are drafted for in one step, at most."""
+    return max(last for _, last, nodes in _applied(vllm_config) if nodes > 0)
+
+
+def _applied(vllm_config: VllmConfig) -> Schedule:
+    """The schedule, up to the largest batch."""
     speculative = vllm_config.speculative_config
     assert speculative is not None
-    max_num_reqs: int = vllm_config.scheduler_config.max_num_seqs
-    schedule: Schedule | None = speculative.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        return max_num_reqs
-    return min(max_num_reqs, max(last for _, last, nodes in schedule if nodes > 0))
+    max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+    schedule = speculative.num_speculative_tokens_per_batch_size or [
+        (1, max_num_reqs, speculative.num_speculative_tokens)
+    ]
+    return [
+        (first, min(last, max_num_reqs), nodes)
+        for first, last, nodes in schedule
+        if first <= max_num_reqs
+    ]

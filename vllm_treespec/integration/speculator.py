@@ -277,8 +277,8 @@ class TreeSpeculator(DraftModelSpeculator):
             self.hosted.fetch_sampled(slots, num_sampled)
         slot_list = slots_np.tolist()
         # [num_proposers, num_reqs], whose drafts who gets
-        wanted = self._limits.allowed[:, slots_np]
-        wanted = wanted & np.array(self._worth.drafting)[:, None]
+        allowed = self._limits.allowed[:, slots_np]
+        wanted = allowed & np.array(self._worth.drafting)[:, None]
         wanted &= num_speculative_tokens > 0
         draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
@@ -288,7 +288,7 @@ class TreeSpeculator(DraftModelSpeculator):
         )
         if self.hosted is not None:
             offered += self.hosted.draft(slots_np, wanted, self.builder, self._worth)
-        if not self._limits.allowed[:, slots_np].all():
+        if not allowed.all():
             self._limits.drop_unwanted(
                 self.builder.candidates.num_candidates[:, :num_reqs], slots
             )
@@ -296,7 +296,7 @@ class TreeSpeculator(DraftModelSpeculator):
             offered,
             np.minimum(self._limits.max_nodes[slots_np], num_speculative_tokens),
         )
-        self._note_reasons(slots_np, offered, num_speculative_tokens)
+        self._note_reasons(slots_np, allowed, offered, num_speculative_tokens)
         # A request still in its prefill has no newest token to continue.
         budgets = self._limits.budgets(slots, num_speculative_tokens)
         budgets.masked_fill_(num_sampled == 0, 0)
@@ -351,9 +351,8 @@ class TreeSpeculator(DraftModelSpeculator):
         if self.hosted is not None:
             hosted = self.hosted
             faults = faults.union(hosted.faulty)
-            first = len(self._names) - len(self._config.hosted_proposers)
-            totals["lookups"] = hosted.lookups[first:].tolist()
-            totals["lookup_hits"] = hosted.hits[first:].tolist()
+            totals["lookups"] = hosted.lookups.tolist()
+            totals["lookup_hits"] = hosted.hits.tolist()
             gauges["suffix_cached_tokens"] = [hosted.num_cached_tokens]
         totals["proposer_faults"] = [
             float(index in faults) for index in range(len(self._names))
@@ -364,14 +363,14 @@ class TreeSpeculator(DraftModelSpeculator):
     def _note_reasons(
         self,
         slots: npt.NDArray[np.int32],
+        allowed: npt.NDArray[np.bool_],  # [num_proposers, num_reqs]
         offered: npt.NDArray[np.int32],  # [num_reqs], nodes
         num_nodes: int,
     ) -> None:
         """Remember why the next step of each may have no drafts."""
         idle = NOTHING_OFFERED if any(self._worth.drafting) else RESTING
         reasons = np.where(offered > 0, NOT_SCHEDULED, idle if num_nodes else BUSY)
-        is_wanted = self._limits.allowed[:, slots].any(0)
-        self._no_draft_reasons[slots] = np.where(is_wanted, reasons, NOT_WANTED)
+        self._no_draft_reasons[slots] = np.where(allowed.any(0), reasons, NOT_WANTED)
 
     def _draws(self, slot_list: list[int], num_nodes: int) -> bool:
         """Whether a request of this batch has its children drawn."""
