@@ -48,7 +48,7 @@ def reasons(*codes):
     return np.array(codes, np.int8)
 
 
-def report(reporter, fallbacks=(0, 0, 0, 0), seconds=(0.0, 0.0), gauges=()):
+def report(reporter, fallbacks=(0, 0, 0), seconds=(0.0, 0.0), gauges=()):
     totals = {"fallbacks": list(fallbacks), "draft_seconds": list(seconds)}
     pending = reporter.take(totals, dict(gauges))
     assert isinstance(pending, PendingReport)
@@ -60,10 +60,10 @@ def test_a_report_has_a_steps_counts_and_what_was_added_to_the_totals():
     reporter.verified(COUNTS)
     reporter.decoded(batch(True, False, True, num_draft_tokens=12), reasons(0, 0, 0))
     increments = report(
-        reporter, (0, 2, 0, 0), (0.5, 0.25), {"suffix_cached_tokens": [70]}
+        reporter, (2, 0, 0), (0.5, 0.25), {"suffix_cached_tokens": [70]}
     ).increments
     assert increments == {
-        "fallbacks": [0, 2, 0, 0],
+        "fallbacks": [2, 0, 0],
         "suffix_cached_tokens": [70],
         "steps_without_drafts": [0, 0, 0, 0, 0],
         "nodes_verified": [8],
@@ -82,20 +82,20 @@ def test_totals_are_reported_once_and_counts_with_their_own_step():
     reporter = Reporter()
     reporter.verified(COUNTS)
     reporter.decoded(batch(True, True, True, num_draft_tokens=8), reasons(0, 1, 2))
-    first = report(reporter, fallbacks=(1, 0, 0, 0), seconds=(1.0, 0.0))
+    first = report(reporter, fallbacks=(1, 0, 0), seconds=(1.0, 0.0))
     assert first.increments["steps_without_drafts"] == [0, 1, 0, 0, 0]
     assert first.verified == [5, 0, 3]
     reporter.decoded(batch(True, False, True, True), reasons(2, 1, 2, 0))
-    second = report(reporter, fallbacks=(1, 0, 0, 1), seconds=(1.5, 0.0))
+    second = report(reporter, fallbacks=(1, 0, 1), seconds=(1.5, 0.0))
     assert second.verified == [0, 0, 0, 0]
     assert second.increments == {
-        "fallbacks": [0, 0, 0, 1],
+        "fallbacks": [0, 0, 1],
         "steps_without_drafts": [1, 0, 2, 0, 0],
         "draft_seconds": [0.5, 0.0],
     }
     reporter.verified(COUNTS)  # by a dummy run
     reporter.decoded(batch(True), reasons(0))
-    third = report(reporter, fallbacks=(1, 0, 0, 1), seconds=(1.5, 0.0))
+    third = report(reporter, fallbacks=(1, 0, 1), seconds=(1.5, 0.0))
     assert third.verified == [0]
     # vLLM may sample no tokens, for instance where there is nothing to do.
     assert reporter.take({}, {}) is None
@@ -104,7 +104,6 @@ def test_totals_are_reported_once_and_counts_with_their_own_step():
 @pytest.mark.parametrize(
     ("options", "custom"),
     [
-        ({"structured_outputs": "yes"}, False),
         ({"thinking_token_budget": 9}, False),
         ({}, True),
         (None, False),
@@ -116,7 +115,7 @@ def test_the_reasons_of_fallbacks_are_those_of_the_table(options, custom):
         params = SamplingParams()
         for name, value in options.items():
             setattr(params, name, value)
-    reason = chain_reason(params, has_custom_processors=custom, has_reasoning=True)
+    reason = chain_reason(params, has_custom_processors=custom)
     assert reason in metrics.FALLBACK_REASONS
 
 
@@ -161,7 +160,7 @@ def test_increments_add_up_per_engine_and_label(shown):
         prom.observe(
             stats(
                 {
-                    "fallbacks": [0, 2, 0, 0],
+                    "fallbacks": [2, 0, 0],
                     "drafted_nodes": [6, 4],
                     "nodes_verified": [8],
                     "tree_size": [5, 3],
@@ -174,7 +173,7 @@ def test_increments_add_up_per_engine_and_label(shown):
     assert value("suffix_cached_tokens", engine="3") == 70
     assert value("suffix_cached_tokens", engine="0") == 0
     assert value("fallbacks_total", engine="3", reason="thinking_budget") == 4
-    assert value("fallbacks_total", engine="3", reason="structured_outputs") == 0
+    assert value("fallbacks_total", engine="3", reason="pooling") == 0
     assert value("fallbacks_total", engine="0", reason="thinking_budget") == 0
     assert value("drafted_nodes_total", engine="3", proposer="ngram") == 12
     assert value("drafted_nodes_total", engine="3", proposer="suffix") == 8
@@ -223,7 +222,7 @@ def test_the_log_line_says_what_trees_came_to_and_starts_over():
                 "accepted_nodes": [3, 3],
                 "exclusively_accepted_nodes": [1, 1],
                 "steps_without_drafts": [1, 0, 0],
-                "fallbacks": [0, 1, 0, 0],
+                "fallbacks": [1, 0, 0],
                 "tree_size": [6, 4],
             },
             drafts=[(6, 3), (4, 1)],
@@ -289,5 +288,5 @@ def test_times_do_not_pile_up_when_nobody_judges_by_them():
 
 def test_fallbacks_keep_their_order():
     """Totals are passed in the table's order."""
-    fallbacks = Counter({"pooling": 3, "structured_outputs": 1})
-    assert [fallbacks[reason] for reason in metrics.FALLBACK_REASONS] == [1, 0, 0, 3]
+    fallbacks = Counter({"pooling": 3, "thinking_budget": 1})
+    assert [fallbacks[reason] for reason in metrics.FALLBACK_REASONS] == [1, 0, 3]

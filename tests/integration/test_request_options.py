@@ -69,22 +69,15 @@ def test_options_that_no_request_can_have_are_still_refused():
     ("options", "reason"),
     [
         ({"repetition_penalty": 1.2, "min_p": 0.1, "bad_words": ["no"]}, None),
-        (
-            {"structured_outputs": StructuredOutputsParams(regex="a+")},
-            "structured_outputs",
-        ),
+        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, None),
         ({"thinking_token_budget": 9}, "thinking_budget"),
     ],
 )
 def test_who_gets_a_chain(options, reason):
-    def asked(**server):
-        return fallback.chain_reason(SamplingParams(**options), **server)
-
-    assert asked(has_custom_processors=False, has_reasoning=True) == reason
-    custom = asked(has_custom_processors=True, has_reasoning=True)
+    params = SamplingParams(**options)
+    assert fallback.chain_reason(params, has_custom_processors=False) == reason
+    custom = fallback.chain_reason(params, has_custom_processors=True)
     assert custom == (reason or "logits_processors")
-    without = asked(has_custom_processors=False, has_reasoning=False)
-    assert without == (None if reason == "structured_outputs" else reason)
 
 
 def test_fallbacks_are_counted_and_said_once(monkeypatch):

@@ -17,19 +17,10 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
-def chain_reason(
-    sampling_params: Any, *, has_custom_processors: bool, has_reasoning: bool
-) -> str | None:
-    """Why this request's drafts must be a chain; None if a tree will do.
-
-    Args:
-        has_reasoning: grammars hold only behind a block of reasoning, whose end is
-            looked for along a chain.
-    """
+def chain_reason(sampling_params: Any, *, has_custom_processors: bool) -> str | None:
+    """Why this request's drafts must be a chain; None if a tree will do."""
     if sampling_params is None:
         return "pooling"
-    if sampling_params.structured_outputs is not None and has_reasoning:
-        return "structured_outputs"
     if sampling_params.thinking_token_budget is not None:
         return "thinking_budget"
     if has_custom_processors:

@@ -3,6 +3,9 @@
 vLLM walks a grammar along a chain of drafts. Here it is walked along a tree, depth
 first, forward into a node and back out of it. A node that the grammar forbids is never
 reached: at its parent the target cannot pick its token.
+
+While a model reasons, its grammar waits. Paths of one tree may end the reasoning at
+different nodes, or not at all; the grammar begins behind each of these ends.
 """
 
 from __future__ import annotations
@@ -86,17 +89,77 @@ def wrap_grammar_bitmask(original: Callable[..., Any]) -> Callable[..., Any]:
         row = 0
         for req_id, tokens in scheduled.items():
             if req_id in trees:
-                grammar = requests[req_id].structured_output_request.grammar
                 nodes = list(zip(tokens, trees[req_id], strict=False))
                 rows = self._grammar_bitmask[row : row + len(nodes) + 1]
-                if isinstance(grammar, XgrammarGrammar):
-                    traverse(grammar, nodes, rows)
-                else:
-                    walk(grammar, req_id, nodes, rows[1:])
+                fill(self, requests[req_id], nodes, rows)
             row += most if is_even else len(tokens) + 1
         return bitmask  # a view of what was filled
 
     return grammar_bitmask
+
+
+def fill(
+    manager: Any,  # vLLM's StructuredOutputManager
+    request: Any,
+    nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
+    rows: torch.Tensor,  # [1 + num_nodes, words] int32, the root's is filled
+) -> None:
+    """Fill the row of every node, for what may follow it."""
+    grammar = request.structured_output_request.grammar
+    bounds = functools.partial(manager._get_constraint_bounds, request)
+    if bounds([]).constraint_start == 0:
+        _mask(grammar, request.request_id, nodes, rows)
+        return
+    rows[1:] = rows[0]  # of a model that reasons
+    for end, is_text in ends_of_reasoning(nodes, bounds).items():
+        # The grammar's root is the end, or what is in front of it.
+        places = {end: 0 if is_text else -1}
+        part = [(nodes[end][0], -1)] if is_text else []
+        for node, (token, parent) in enumerate(nodes):
+            if parent in places:
+                places[node] = len(part)
+                part.append((token, places[parent]))
+        mask = rows.new_full((1 + len(part), rows.shape[1]), -1)
+        _mask(grammar, request.request_id, part, mask)
+        for node, place in places.items():
+            rows[1 + node] = mask[1 + place]
+
+
+def ends_of_reasoning(
+    nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
+    bounds: Callable[[Sequence[int]], Any],  # tokens -> vLLM's ConstraintBounds
+) -> dict[int, bool]:
+    """The first node of each path with which reasoning has ended, and whether that is
+    the first token of the text, rather than a mark in front of it."""
+    parents = {parent for token, parent in nodes if token >= 0}
+    ends = {}
+    for leaf in range(len(nodes)):
+        if leaf in parents or nodes[leaf][0] < 0:
+            continue
+        path, node = [], leaf
+        while node >= 0:
+            path.append(node)
+            node = nodes[node][1]
+        path.reverse()
+        found = bounds([nodes[node][0] for node in path])
+        if found.constraint_start <= len(path):
+            end = path[found.constraint_start - 1]
+            ends[end] = found.grammar_start < found.constraint_start
+    return ends
+
+
+def _mask(
+    grammar: Any,  # vLLM's StructuredOutputGrammar, at the root
+    req_id: str,
+    nodes: Sequence[tuple[int, int]],  # token, parent; parents before children
+    rows: torch.Tensor,  # [1 + num_nodes, words] int32
+) -> None:
+    if isinstance(grammar, XgrammarGrammar):
+        traverse(grammar, nodes, rows)
+        return
+    if not grammar.is_terminated():
+        grammar.fill_bitmask(rows, 0)
+    walk(grammar, req_id, nodes, rows[1:])
 
 
 def traverse(

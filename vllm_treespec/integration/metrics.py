@@ -25,12 +25,7 @@ Increments = dict[str, list[float]]
 
 PREFIX = "vllm:treespec_"
 # All that ``fallback.chain_reason`` can say.
-FALLBACK_REASONS = (
-    "structured_outputs",
-    "thinking_budget",
-    "logits_processors",
-    "pooling",
-)
+FALLBACK_REASONS = ("thinking_budget", "logits_processors", "pooling")
 NOTHING_OFFERED, RESTING, NOT_SCHEDULED, NOT_WANTED, BUSY = range(5)
 NO_DRAFT_REASONS = (
     *("nothing_offered", "resting", "not_scheduled", "not_wanted"),

@@ -207,11 +207,8 @@ class TreeSpeculator(DraftModelSpeculator):
         )
         self.trees.reset(slot)
         self._feedback.forget(slot)
-        structured = self.vllm_config.structured_outputs_config
         reason = chain_reason(
-            sampling_params,
-            has_custom_processors=self.has_custom_processors,
-            has_reasoning=bool(structured.reasoning_parser),
+            sampling_params, has_custom_processors=self.has_custom_processors
         )
         self._chain_only[slot] = reason is not None
         if reason is not None:
