@@ -14,7 +14,7 @@ demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 statistics: $(VENV)/installed  ## sampled output against the target's distribution
 	$(BIN)/python -m pytest -n auto -rP -m statistics tests/engine/test_statistics.py
@@ -25,7 +25,7 @@ soak: $(VENV)/installed  ## ten minutes of a server with trees under every kind 
 test-next: $(VENV)/installed  ## the engine tests on vLLM 0.33
 	$(BIN)/python tools/vllm_next.py build/vllm-next
 	$(BIN)/pip install -q orjson  # vLLM 0.33 needs it, 0.32 does not
-	PYTHONPATH=build/vllm-next $(BIN)/python -m pytest -n auto $(NEXT_TESTS)
+	PYTHONPATH=build/vllm-next $(BIN)/python -m pytest -n auto --dist worksteal $(NEXT_TESTS)
 
 check: $(VENV)/installed  ## format and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
