@@ -27,7 +27,7 @@ def bins_of(scores: torch.Tensor) -> torch.Tensor:
 
 def calibrated(
     scores: torch.Tensor,  # [...] float32
-    rows: torch.Tensor,  # int64, broadcast with scores: a row of knots for each
+    first_bins: torch.Tensor,  # int64, broadcast with scores: where a row of knots begins
     knots: torch.Tensor,  # [num_rows, NUM_BINS] float32, at the bins' centres
 ) -> torch.Tensor:  # [...] float32
     """What scores are worth: between the knots of a row, beyond them by the score
@@ -36,7 +36,9 @@ def calibrated(
     places = places.clamp(0, NUM_BINS - 1)
     below = places.long()
     above = (below + 1).clamp(max=NUM_BINS - 1)
-    knots, first = knots.view(-1), rows * NUM_BINS
-    between = torch.lerp(knots[first + below], knots[first + above], places - below)
+    knots = knots.view(-1)
+    between = torch.lerp(
+        knots[first_bins + below], knots[first_bins + above], places - below
+    )
     beyond = (scores + BIN_WIDTH * (NUM_BINS - 0.5)).clamp(max=0.0)
     return between + SLOPE * scores + beyond

@@ -1,5 +1,6 @@
 import torch
 
+from vllm_treespec.kernels.bins import NUM_BINS
 from vllm_treespec.kernels.reference.calibration import calibrated, company_rows
 
 
@@ -25,9 +26,9 @@ def rate_candidates(
     total = torch.zeros_like(own[0])
     count = torch.zeros_like(own[0])
     for proposer, each in enumerate(own):
-        rows = company_rows(bits, proposer, offering[slots])
+        first_bins = company_rows(bits, proposer, offering[slots]) * NUM_BINS
         is_scored = each.isfinite()
-        total += torch.where(is_scored, calibrated(each, rows, knots), 0.0)
+        total += torch.where(is_scored, calibrated(each, first_bins, knots), 0.0)
         count += is_scored
     rated = torch.where(count > 0, total / count, -torch.inf)
     if is_drawn is not None:

@@ -31,7 +31,8 @@ class Calibration:
         self.right = torch.zeros(shape, device=device)
         self.known = torch.zeros(shape, device=device)
         self._centres = -BIN_WIDTH * (torch.arange(NUM_BINS, device=device) + 0.5)
-        self._rows = torch.arange(num_proposers, device=device)[:, None, None]
+        first_bins = torch.arange(num_proposers, device=device) * NUM_BINS
+        self._first_bins = first_bins[:, None, None]
         self.knots = self._centres.repeat(num_proposers, 1)  # log-probabilities
         self._num_steps = 0
 
@@ -41,7 +42,7 @@ class Calibration:
         labels: torch.Tensor,  # as scores, int8: 1 right, 0 wrong, -1 unknown
     ) -> None:
         """Count candidates whose fate is known, and end a step."""
-        places = (bins_of(scores) + self._rows * NUM_BINS).view(-1)
+        places = (bins_of(scores) + self._first_bins).view(-1)
         for counts, counted in ((self.right, labels == 1), (self.known, labels >= 0)):
             counts.view(-1).index_add_(0, places, counted.float().view(-1))
         self.end_step()
@@ -63,7 +64,7 @@ class Calibration:
 
         Monotone in the score, proposer by proposer.
         """
-        return calibrated(scores, self._rows, self.knots)
+        return calibrated(scores, self._first_bins, self.knots)
 
     def _fit(self) -> torch.Tensor:
         """``[num_proposers, num_bins]`` log-rates that never rise with the bin.

@@ -231,6 +231,7 @@ def tally_candidates(
         right_ptr="*fp32",
         known_ptr="*fp32",
         BLOCK_NODES=block_nodes,
+        num_warps=1,
     )
 
 
@@ -258,6 +259,7 @@ def merge_candidates(
         own_scores_ptr="*fp32",
         BLOCK_CANDIDATES=block_candidates,
         BLOCK_NODES=block_nodes,
+        num_warps=1,
     )
 
 
