@@ -149,7 +149,7 @@ def select_nodes(
     per_slot = (num_candidates, max_nodes, chain_only)
     if any(t.shape[0] < token_ids.shape[0] for t in per_slot):
         raise ValueError(f"every per-slot tensor must have {token_ids.shape[0]} slots")
-    if any(t.shape[0] != num_reqs for t in (num_sampled, draft_tokens)):
+    if min(num_sampled.shape[0], draft_tokens.shape[0]) < num_reqs:
         raise ValueError(f"num_sampled and draft_tokens must have {num_reqs} rows")
     vectors = (slots, *per_slot, num_sampled, tree_num_nodes)
     if not draft_tokens.is_contiguous() or any(

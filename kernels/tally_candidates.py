@@ -111,12 +111,13 @@ def tally_candidates(
             )
     if num_emitted.shape[0] < slots.shape[0]:
         raise ValueError(f"num_emitted is shorter than {slots.shape[0]} rows")
-    per_slot = (num_merged, offering, num_tokens, token_ids)
-    if any(t.shape[0] < shape[0] for t in per_slot):
-        raise ValueError(f"every per-slot tensor must have {shape[0]} slots")
-    vectors = (slots, num_emitted)
+    if min(num_merged.shape[0], offering.shape[0]) < shape[0]:
+        raise ValueError(f"num_merged and offering must have {shape[0]} slots")
+    if num_tokens.shape[0] < token_ids.shape[0]:
+        raise ValueError(f"{num_tokens.shape[0]} lengths of {token_ids.shape[0]} texts")
+    vectors = (slots, num_merged, offering, num_tokens, num_emitted)
     if any(
-        t.shape[-1] > 1 and t.stride(-1) != 1 for t in (*vectors, *merged, *per_slot)
+        t.shape[-1] > 1 and t.stride(-1) != 1 for t in (*vectors, *merged, token_ids)
     ):
         raise ValueError("the last dimension of every tensor must be contiguous")
     _tally_candidates_kernel[(slots.shape[0],)](

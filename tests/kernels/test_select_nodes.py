@@ -397,7 +397,7 @@ def test_rejects_impossible_candidates(name: str, message: str, device: torch.de
     ("num_rows", "width", "message"),
     [
         (1, 3, "draft_tokens has 3 columns, expected one less"),
-        (2, 4, "num_sampled and draft_tokens must have 1 rows"),
+        (0, 4, "num_sampled and draft_tokens must have 1 rows"),
     ],
 )
 def test_rejects_draft_tokens_of_another_shape(

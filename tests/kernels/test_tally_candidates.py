@@ -310,7 +310,8 @@ def test_reads_views_of_wider_buffers(device: torch.device):
     [
         ("merged_parents", "one shape and one stride"),
         ("num_emitted", "num_emitted is shorter than 4 rows"),
-        ("offering", "every per-slot tensor must have 7 slots"),
+        ("offering", "num_merged and offering must have 7 slots"),
+        ("num_tokens", "6 lengths of 7 texts"),
     ],
 )
 def test_rejects_shapes_that_do_not_fit(name: str, message: str, device: torch.device):
