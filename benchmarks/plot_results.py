@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402 (behind the choice of its backend)
+from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 PROPOSERS = ("ngram", "suffix", "recycle", "recycle_suffix")

@@ -7,7 +7,7 @@ import triton.language as tl
 MIN_BLOCK = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_nodes"])
 def _select_nodes_kernel(
     slots_ptr,
     token_ids_ptr,
@@ -16,15 +16,16 @@ def _select_nodes_kernel(
     proposers_ptr,
     candidates_stride,
     num_candidates_ptr,
-    budgets_ptr,
+    max_nodes_ptr,
     chain_only_ptr,
+    num_sampled_ptr,
+    num_nodes,
     tree_token_ids_ptr,
     tree_parents_ptr,
     tree_proposers_ptr,
     tree_stride,
     tree_num_nodes_ptr,
     draft_tokens_ptr,
-    draft_tokens_stride,
     max_num_drafts,
     BLOCK_CANDIDATES: tl.constexpr,
     BLOCK_DRAFTS: tl.constexpr,
@@ -33,9 +34,9 @@ def _select_nodes_kernel(
     DROPPED: tl.constexpr = 0x7F800000 << 32  # an infinite cost
     req = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + req).to(tl.int64)
-    row = req * candidates_stride
+    row = slot * candidates_stride
     candidates = tl.arange(0, BLOCK_CANDIDATES)
-    is_candidate = candidates < tl.load(num_candidates_ptr + req)
+    is_candidate = candidates < tl.load(num_candidates_ptr + slot)
 
     # every candidate climbs to the root and costs as much as the worst on its way, so no
     # child is cheaper than its parent, whatever the scores are
@@ -50,7 +51,7 @@ def _select_nodes_kernel(
         ancestors = tl.load(parents_ptr + row + ancestors, mask=is_real, other=-1)
     keys = (costs.to(tl.int32, bitcast=True).to(tl.int64) << 32) | candidates
 
-    if tl.load(chain_only_ptr + req) != 0:
+    if tl.load(chain_only_ptr + slot) != 0:
         parents = tl.load(parents_ptr + row + candidates, mask=is_candidate, other=-1)
         on_path = tl.full([BLOCK_CANDIDATES], 0, tl.int32)
         best = tl.full((), -1, tl.int64)
@@ -63,8 +64,9 @@ def _select_nodes_kernel(
 
     ranked_keys = tl.sort(keys)
     num_kept = tl.sum((ranked_keys < DROPPED).to(tl.int32), axis=0)
-    num_kept = tl.minimum(num_kept, tl.load(budgets_ptr + req))
-    num_kept = tl.maximum(tl.minimum(num_kept, max_num_drafts), 0)
+    num_kept = tl.minimum(num_kept, tl.load(max_nodes_ptr + slot))
+    num_kept = tl.maximum(tl.minimum(num_kept, num_nodes), 0)
+    num_kept = tl.where(tl.load(num_sampled_ptr + req) > 0, num_kept, 0)
     drafts = candidates
     is_kept = drafts < num_kept
     sources = ranked_keys.to(tl.int32)  # draft -> candidate
@@ -92,7 +94,7 @@ def _select_nodes_kernel(
     tl.store(tree_parents_ptr + tree + 1 + drafts, parent_nodes, mask=is_kept)
     tl.store(tree_proposers_ptr + tree + 1 + drafts, proposers, mask=is_kept)
 
-    draft_tokens_ptr += req * draft_tokens_stride
+    draft_tokens_ptr += req * max_num_drafts
     tl.store(draft_tokens_ptr + drafts, token_ids.to(tl.int64), mask=is_kept)
     columns = tl.arange(0, BLOCK_DRAFTS)
     is_unused = (columns >= num_kept) & (columns < max_num_drafts)
@@ -102,18 +104,21 @@ def _select_nodes_kernel(
 
 def select_nodes(
     slots: torch.Tensor,  # [num_reqs] int, batch row -> request slot
-    token_ids: torch.Tensor,  # [num_reqs, max_num_candidates] int32
-    parents: torch.Tensor,  # [num_reqs, max_num_candidates] int32, -1: root
-    scores: torch.Tensor,  # [num_reqs, max_num_candidates] float32, log-prob of the path
-    proposers: torch.Tensor,  # [num_reqs, max_num_candidates] int32, bit per proposer
-    num_candidates: torch.Tensor,  # [num_reqs] int32
-    budgets: torch.Tensor,  # [num_reqs] int32, most nodes to keep, root excluded
-    chain_only: torch.Tensor,  # [num_reqs] bool or int32, keep a single path
+    token_ids: torch.Tensor,  # [max_num_reqs, max_num_candidates] int32
+    parents: torch.Tensor,  # [max_num_reqs, max_num_candidates] int32, -1: root
+    scores: torch.Tensor,  # [max_num_reqs, max_num_candidates] float32, path log-prob
+    proposers: torch.Tensor,  # [max_num_reqs, max_num_candidates] int32, bit per proposer
+    num_candidates: torch.Tensor,  # [max_num_reqs] int32
+    max_nodes: torch.Tensor,  # [max_num_reqs] int32, most nodes to keep, root excluded
+    chain_only: torch.Tensor,  # [max_num_reqs] bool or int32, keep a single path
+    num_sampled: torch.Tensor,  # [num_reqs] int32, 0: no token to continue, so no nodes
+    num_nodes: int,  # most nodes to keep of any request
     tree_token_ids: torch.Tensor,  # out [max_num_reqs, max_num_nodes] int32, root 0
     tree_parents: torch.Tensor,  # out [max_num_reqs, max_num_nodes] int32, root -1
     tree_proposers: torch.Tensor,  # out [max_num_reqs, max_num_nodes] int32, root 0
     tree_num_nodes: torch.Tensor,  # out [max_num_reqs] int32, root included
-    draft_tokens: torch.Tensor,  # out [num_reqs, max_num_nodes - 1] int64, 0 if unused
+    draft_tokens: torch.Tensor,  # out [num_reqs, max_num_nodes - 1] int64, 0 if unused,
+    # contiguous
 ) -> None:
     """Keep the most probable candidates, best first, as the slots' new trees.
 
@@ -141,27 +146,31 @@ def select_nodes(
             f"draft_tokens has {max_num_drafts} columns, expected one less than the "
             f"{tree_parents.shape[1]} nodes of the tree"
         )
-    requests = (num_candidates, budgets, chain_only)
-    if any(t.shape[0] < num_reqs for t in (*requests, token_ids, draft_tokens)):
-        raise ValueError(f"every per-request tensor must have {num_reqs} rows")
-    vectors = (slots, *requests, tree_num_nodes)
-    if any(
-        t.shape[-1] > 1 and t.stride(-1) != 1
-        for t in (*vectors, *columns, *trees, draft_tokens)
+    per_slot = (num_candidates, max_nodes, chain_only)
+    if any(t.shape[0] < token_ids.shape[0] for t in per_slot):
+        raise ValueError(f"every per-slot tensor must have {token_ids.shape[0]} slots")
+    if min(num_sampled.shape[0], draft_tokens.shape[0]) < num_reqs:
+        raise ValueError(f"num_sampled and draft_tokens must have {num_reqs} rows")
+    vectors = (slots, *per_slot, num_sampled, tree_num_nodes)
+    if not draft_tokens.is_contiguous() or any(
+        t.shape[-1] > 1 and t.stride(-1) != 1 for t in (*vectors, *columns, *trees)
     ):
-        raise ValueError("the last dimension of every tensor must be contiguous")
+        raise ValueError(
+            "draft_tokens and the last dimension of every tensor must be contiguous"
+        )
     _select_nodes_kernel[(num_reqs,)](
         slots,
         *columns,
         token_ids.stride(0),
         num_candidates,
-        budgets,
+        max_nodes,
         chain_only,
+        num_sampled,
+        min(num_nodes, max_num_drafts),
         *trees,
         tree_parents.stride(0),
         tree_num_nodes,
         draft_tokens,
-        draft_tokens.stride(0),
         max_num_drafts,
         BLOCK_CANDIDATES=max(triton.next_power_of_2(max_num_candidates), MIN_BLOCK),
         BLOCK_DRAFTS=triton.next_power_of_2(max(max_num_drafts, 1)),

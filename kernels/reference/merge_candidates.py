@@ -1,23 +1,28 @@
+import math
+
 import torch
 
 
 def merge_candidates(
+    slots: torch.Tensor,
     token_ids: torch.Tensor,
     parents: torch.Tensor,
     scores: torch.Tensor,
     num_candidates: torch.Tensor,
     merged_token_ids: torch.Tensor,
     merged_parents: torch.Tensor,
-    merged_scores: torch.Tensor,
     merged_proposers: torch.Tensor,
+    own_scores: torch.Tensor,
     num_merged: torch.Tensor,
+    offering: torch.Tensor,
 ) -> None:
-    for req in range(token_ids.shape[1]):
+    for req, slot in enumerate(slots.tolist()):
         node_of_edge: dict[tuple[int, int], int] = {}  # (parent node, token) -> node
-        best: list[float] = []
-        proposers: list[int] = []
-        for proposer, num in enumerate(num_candidates[:, req].tolist()):
+        own: list[dict[int, float]] = []  # per proposer: node -> its best score
+        counts = num_candidates[:, req].tolist()
+        for proposer, num in enumerate(counts):
             node_of: list[int] = []  # candidate -> node
+            own.append({})
             candidates = zip(
                 token_ids[proposer, req, :num].tolist(),
                 parents[proposer, req, :num].tolist(),
@@ -28,17 +33,19 @@ def merge_candidates(
                 edge = (node_of[parent] if parent >= 0 else -1, token_id)
                 node = node_of_edge.setdefault(edge, len(node_of_edge))
                 node_of.append(node)
-                if node == len(best):
-                    best.append(float("-inf"))
-                    proposers.append(0)
-                if score > best[node]:  # NaN counts as -inf
-                    best[node] = score
-                proposers[node] |= 1 << proposer
+                score = -math.inf if math.isnan(score) else score
+                own[-1][node] = max(score, own[-1].get(node, -math.inf))
 
-        num_merged[req] = len(best)
-        if best:
+        size = len(node_of_edge)
+        num_merged[slot] = size
+        offering[slot] = sum((num > 0) << place for place, num in enumerate(counts))
+        own_scores[:, slot] = -math.inf
+        if size:
             edges = torch.tensor(list(node_of_edge))
-            merged_parents[req, : len(best)] = edges[:, 0]
-            merged_token_ids[req, : len(best)] = edges[:, 1]
-            merged_scores[req, : len(best)] = torch.tensor(best)
-            merged_proposers[req, : len(best)] = torch.tensor(proposers)
+            merged_parents[slot, :size] = edges[:, 0]
+            merged_token_ids[slot, :size] = edges[:, 1]
+            merged_proposers[slot, :size] = 0
+        for proposer, best in enumerate(own):
+            for node, score in best.items():
+                own_scores[proposer, slot, node] = score
+                merged_proposers[slot, node] |= 1 << proposer

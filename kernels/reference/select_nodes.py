@@ -10,37 +10,40 @@ def select_nodes(
     scores: torch.Tensor,
     proposers: torch.Tensor,
     num_candidates: torch.Tensor,
-    budgets: torch.Tensor,
+    max_nodes: torch.Tensor,
     chain_only: torch.Tensor,
+    num_sampled: torch.Tensor,
+    num_nodes: int,
     tree_token_ids: torch.Tensor,
     tree_parents: torch.Tensor,
     tree_proposers: torch.Tensor,
     tree_num_nodes: torch.Tensor,
     draft_tokens: torch.Tensor,
 ) -> None:
-    max_num_drafts = draft_tokens.shape[1]
+    most = min(num_nodes, draft_tokens.shape[1])
     for req, slot in enumerate(slots.tolist()):
-        num = int(num_candidates[req])
-        parent_of = parents[req, :num].tolist()
-        costs = _path_costs(parent_of, scores[req, :num].tolist())
+        num = int(num_candidates[slot])
+        parent_of = parents[slot, :num].tolist()
+        costs = _path_costs(parent_of, scores[slot, :num].tolist())
         order = sorted(range(num), key=lambda node: (costs[node], node))
         order = [candidate for candidate in order if costs[candidate] < math.inf]
-        if chain_only[req]:
+        if chain_only[slot]:
             order = _best_path(order, parent_of)
-        order = order[: max(min(int(budgets[req]), max_num_drafts), 0)]
+        budget = min(int(max_nodes[slot]), most) if num_sampled[req] > 0 else 0
+        order = order[: max(budget, 0)]
 
         node_of = {candidate: node for node, candidate in enumerate(order, start=1)}
-        num_nodes = len(order) + 1
-        tree_num_nodes[slot] = num_nodes
-        tree_parents[slot, :num_nodes] = torch.tensor(
+        size = len(order) + 1
+        tree_num_nodes[slot] = size
+        tree_parents[slot, :size] = torch.tensor(
             [-1, *(node_of.get(parent_of[candidate], 0) for candidate in order)]
         )
         tree_token_ids[slot, 0] = 0
-        tree_token_ids[slot, 1:num_nodes] = token_ids[req, order]
+        tree_token_ids[slot, 1:size] = token_ids[slot, order]
         tree_proposers[slot, 0] = 0
-        tree_proposers[slot, 1:num_nodes] = proposers[req, order]
+        tree_proposers[slot, 1:size] = proposers[slot, order]
         draft_tokens[req] = 0
-        draft_tokens[req, : len(order)] = token_ids[req, order]
+        draft_tokens[req, : len(order)] = token_ids[slot, order]
 
 
 def _path_costs(parents: list[int], scores: list[float]) -> list[float]:

@@ -45,12 +45,35 @@ def build(proposals, *, num_nodes=9, budgets=None, chain_only=None):
     slots = torch.tensor([5, 2, 0][:num_reqs])
     for proposer, proposal in enumerate(proposals):
         builder.upload(proposer, proposal)
+    max_nodes, is_chain = torch.zeros(2, 6, dtype=torch.int32)
+    max_nodes[slots] = torch.tensor(budgets or [num_nodes - 1] * num_reqs).int()
+    is_chain[slots] = torch.tensor(chain_only or [0] * num_reqs).int()
     drafts = builder.build(
-        slots,
-        torch.tensor(budgets or [num_nodes - 1] * num_reqs, dtype=torch.int32),
-        torch.tensor(chain_only or [0] * num_reqs, dtype=torch.int32),
+        slots, torch.ones_like(slots), max_nodes, is_chain, num_nodes=num_nodes - 1
     )
     return trees, slots, drafts
+
+
+def build_all(builder, slots, *, num_nodes):
+    """Of requests that have no limits of their own."""
+    max_nodes = torch.full((6,), 99).int()
+    return builder.build(
+        slots,
+        torch.ones_like(slots),
+        max_nodes,
+        torch.zeros_like(max_nodes),
+        num_nodes=num_nodes,
+    )
+
+
+def learn(builder, slots, said):
+    """What the target said to each slot, after a token that it knows."""
+    token_ids = torch.full((6, 9), -1)
+    num_tokens, num_emitted = torch.zeros(6).int(), torch.zeros(len(slots)).int()
+    for row, tokens in enumerate(said):
+        token_ids[slots[row], 1 : 1 + len(tokens)] = torch.tensor(tokens)
+        num_tokens[slots[row]], num_emitted[row] = 1 + len(tokens), len(tokens)
+    builder.learn(slots, num_emitted, token_ids, num_tokens)
 
 
 def test_two_proposers_share_nodes_and_each_node_remembers_both():
@@ -84,16 +107,15 @@ def test_a_score_that_is_no_number_leaves_the_path_to_the_others():
 
 def test_a_path_is_judged_by_the_company_that_it_has():
     """The second proposer is right where the first is silent, else it is wrong."""
-    trees = TreeBuffers.allocate(5, 2, CPU)
+    trees = TreeBuffers.allocate(6, 2, CPU)
     builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
     builder.upload(0, candidates([(1, -1, 0.4)], *[[]] * 4))
     builder.upload(1, candidates(*[[(2, -1, 0.9)]] * 5))
-    slots, ones = torch.arange(5), torch.ones(5, dtype=torch.int32)
+    slots = torch.tensor([3, 0, 5, 1, 2])
     for step in range(160):
-        drafts = builder.build(slots, ones, torch.zeros_like(ones))
+        drafts = build_all(builder, slots, num_nodes=1)
         # Of the first row, the first proposer's token is right in 2 of 5 steps.
-        said = [1 if step % 5 < 2 else 9, 2, 2, 2, 2]
-        builder.learn(torch.tensor(said)[:, None], ones)
+        learn(builder, slots, [[1 if step % 5 < 2 else 9], [2], [2], [2], [2]])
     assert drafts[:, 0].tolist() == [1, 2, 2, 2, 2]
 
 
@@ -152,17 +174,16 @@ def test_scores_are_judged_by_what_the_target_said():
     modest = candidates([(7, -1, 0.2), (8, -1, 0.1)])
     trees = TreeBuffers.allocate(6, 9, CPU)
     builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
-    slots, two = torch.tensor([4]), torch.tensor([2], dtype=torch.int32)
+    slots = torch.tensor([4])
 
     def draft():
         builder.upload(0, boastful)
         builder.upload(1, modest)
-        return builder.build(slots, two, torch.zeros_like(two))[0, :2].tolist()
+        return build_all(builder, slots, num_nodes=2)[0, :2].tolist()
 
     assert draft() == [1, 7]
     for step in range(160):
-        said = 7 if step % 2 else 8
-        builder.learn(torch.tensor([[said, 3]]), torch.tensor([1], dtype=torch.int32))
+        learn(builder, slots, [[7 if step % 2 else 8]])
     assert sorted(draft()) == [7, 8]
 
 
@@ -173,10 +194,52 @@ def test_a_proposer_that_rests_leaves_nothing_behind():
     builder.upload(0, first)
     builder.upload(1, second)
     builder.forget(0, 1)
-    slots, budgets = torch.tensor([4]), torch.tensor([8], dtype=torch.int32)
-    builder.build(slots, budgets, torch.zeros_like(budgets))
+    build_all(builder, torch.tensor([4]), num_nodes=8)
     assert trees.num_nodes[4] == 2
     assert trees.token_ids[4, 1] == 7
+
+
+def builder_of_one():
+    trees = TreeBuffers.allocate(6, 9, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=1, max_candidates=8)
+    builder.upload(0, candidates([(1, -1, 0.5)], [(1, -1, 0.5)]))
+    return builder
+
+
+def test_nothing_is_learned_for_a_request_that_took_the_slot():
+    builder, slots = builder_of_one(), torch.tensor([4, 1])
+    build_all(builder, slots, num_nodes=8)
+    builder.reset(4)
+    assert builder._trees.num_nodes[slots].tolist() == [1, 2]
+    learn(builder, slots, [[2], [2]])
+    assert builder._calibration.known.sum() == 1
+
+
+def test_nothing_is_learned_where_nothing_was_said():
+    builder, slots = builder_of_one(), torch.tensor([4, 1])
+    build_all(builder, slots, num_nodes=8)
+    learn(builder, slots, [[], []])
+    assert builder._calibration.known.sum() == 0
+    learn(builder, slots, [[1], []])
+    assert builder._calibration.known.sum() == builder._calibration.right.sum() == 1
+
+
+def test_drawn_candidates_come_first_and_teach_nothing():
+    builder = builder_of_one()
+    row = [(1, -1, 0.1), (2, -1, 0.9)]
+    builder.upload(0, candidates(row, row))
+    slots, eight = torch.tensor([4, 1]), torch.full((6,), 8).int()
+    drafts = builder.build(
+        slots,
+        torch.ones_like(slots),
+        eight,
+        torch.zeros_like(eight),
+        num_nodes=8,
+        is_drawn=torch.tensor([True, False]),
+    )
+    assert drafts[:, :2].tolist() == [[1, 2], [2, 1]]
+    learn(builder, slots, [[3], [3]])
+    assert builder._calibration.known.sum() == 2  # those of the other row
 
 
 def test_history_grows_by_what_was_sampled_and_never_past_its_end():

@@ -5,15 +5,18 @@ from itertools import accumulate, dropwhile
 import pytest
 import torch
 
+from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.observe import (
     MAX_RANK,
     count_step,
     draw_tree,
-    marginal_acceptance,
     walk,
 )
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
+
+KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), torch.device("cpu"))
 
 #     root
 #    /    \
@@ -43,22 +46,31 @@ def test_a_tree_is_drawn_with_its_accepted_path():
     ]
 
 
+def exclusive(proposers, path, *, length, num_proposers):
+    """Of a tree whose nodes are the root's children, which does not matter here."""
+    size = len(proposers)
+    trees = TreeBuffers.allocate(1, size, torch.device("cpu"))
+    paths = AcceptedPaths.allocate(1, size, torch.device("cpu"))
+    trees.num_nodes[0], trees.parents[0, 1:] = size, 0
+    trees.proposers[0] = torch.tensor(proposers)
+    paths.nodes[0], paths.lengths[0] = torch.tensor(path), length
+    cu_num_logits = torch.tensor([0, size]).int()
+    slots = torch.tensor([0])
+    counts = count_step(KERNELS, trees, paths, slots, cu_num_logits, num_proposers)
+    return counts.exclusive.tolist()
+
+
 def test_a_proposer_is_worth_what_would_be_lost_without_it():
-    #        accepted: 0 -> 2 -> 3 -> 5, root first
-    nodes = torch.tensor([[0, 2, 3, 5, 6, 6, 4]])  # stale behind the path
+    path = [0, 2, 3, 5, 6, 6, 4]  # stale behind its length
     # Bit 0 and bit 1 per node: node 2 by both, 3 by the second alone, 5 by both.
-    proposers = torch.tensor([[0, 1, 3, 2, 1, 3, 2]])
-    whole = marginal_acceptance(proposers, nodes, torch.tensor([3]), 2)
-    assert whole.tolist() == [0, 2]
-    cut = marginal_acceptance(proposers, nodes, torch.tensor([1]), 2)
-    assert cut.tolist() == [0, 0]
+    bits = [0, 1, 3, 2, 1, 3, 2]
+    assert exclusive(bits, path, length=3, num_proposers=2) == [0, 2]
+    assert exclusive(bits, path, length=1, num_proposers=2) == [0, 0]
 
 
 def test_a_single_proposer_is_worth_all_that_was_accepted():
-    nodes = torch.tensor([[0, 1, 2], [0, 0, 0], [0, 2, 0]])
-    lengths = torch.tensor([2, 0, 1])
-    proposers = torch.tensor([[0, 1, 1]] * 3)
-    assert marginal_acceptance(proposers, nodes, lengths, 1).tolist() == [3]
+    assert exclusive([0, 1, 1], [0, 1, 2], length=2, num_proposers=1) == [2]
+    assert exclusive([0, 1, 1], [0, 0, 0], length=0, num_proposers=1) == [0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -100,7 +112,7 @@ def test_a_step_is_counted_like_a_patient_reader_would(seed):
         lengths.append(len(path) - 1)
     cu_num_logits = torch.tensor([0, *accumulate(each + 1 for each in scheduled)]).int()
     counts = count_step(
-        trees, paths, torch.tensor(slots), cu_num_logits, num_proposers
+        KERNELS, trees, paths, torch.tensor(slots), cu_num_logits, num_proposers
     ).to_host()
     assert counts.verified.tolist() == verified
     assert counts.lengths.tolist() == lengths
@@ -119,7 +131,8 @@ def test_ranks_past_the_last_are_counted_together():
     trees = TreeBuffers.allocate(1, 13, torch.device("cpu"))
     paths = AcceptedPaths.allocate(1, 13, torch.device("cpu"))
     trees.num_nodes[0], trees.parents[0, 1:] = 13, 0  # twelve children of the root
+    slots = torch.tensor([0])
     for node, rank in ((1, 0), (8, 7), (9, 8), (12, 8)):
         paths.nodes[0, 1], paths.lengths[0] = node, 1
-        counts = count_step(trees, paths, torch.tensor([0]), torch.tensor([0, 13]), 1)
+        counts = count_step(KERNELS, trees, paths, slots, torch.tensor([0, 13]), 1)
         assert counts.by_rank.tolist() == [int(each == rank) for each in range(9)]

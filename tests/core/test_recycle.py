@@ -343,16 +343,19 @@ def steps(made, builder, device):
     counts = torch.tensor([2, 1], dtype=torch.int32, device=device)
     prompt = torch.tensor([1, 2, 3, 1, 2], device=device)
     slots = torch.tensor([1, 0], device=device)
-    budgets = torch.tensor([9, 9], dtype=torch.int32, device=device)
+    # [3] per slot
+    max_nodes = torch.full((3,), 9, dtype=torch.int32, device=device)
+    chain_only, num_tokens = torch.zeros_like(max_nodes), max_nodes.clone()
+    texts = torch.ones(3, 9, dtype=torch.int32, device=device)
 
     def run():
         made.learn_prompt(prompt)
         for _ in range(40):
             made.learn_rates(roots, emitted, counts)
             made.learn_nodes(nodes, logits, picks)
-            builder.learn(emitted, counts)
+            builder.learn(slots, counts, texts, num_tokens)
             made.grow(roots, active, builder.candidates.of(0))
-            builder.build(slots, budgets, torch.zeros_like(budgets))
+            builder.build(slots, counts, max_nodes, chain_only, num_nodes=9)
 
     return run
 
@@ -377,7 +380,7 @@ def test_nothing_waits_for_the_device_from_logits_to_trees():
     with NoSync() as watch:
         run()
     assert watch.num_calls > 1000
-    assert {"merge_candidates", "select_nodes", "label_candidates"} <= set(launched)
+    assert {"merge_candidates", "select_nodes", "tally_candidates"} <= set(launched)
     counts = builder.candidates.of(0).num_candidates.tolist()
     assert counts[0] > 0 and counts[1:] == [0, 0]
 

@@ -26,13 +26,15 @@ CONFIG = TreeSpecConfig(
     num_speculative_tokens=20, proposers=(NgramConfig(), SuffixConfig())
 )
 # Three requests: a tree of 5 whose path has 2 nodes, one in its prefill, one of 3, 0.
+# Verified; by rank; drafted and accepted by proposer; emitted; exclusive by proposer.
 COUNTS = StepCounts(
-    verified=torch.tensor([5, 0, 3]),
-    lengths=torch.tensor([2, 0, 0]),
-    by_rank=torch.tensor([1, 1, 0, 0, 0, 0, 0, 0, 0]),
-    drafted=torch.tensor([6, 4]),
-    accepted=torch.tensor([2, 1]),
-    exclusive=torch.tensor([1, 0]),
+    torch.tensor(
+        [
+            [5, 1, 1, 0, 0, 0, 0, 0, 0, 0, 4, 2, 2, 1, 3, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
+            [3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 0, 0, 1, 0, 0],
+        ]
+    )
 )
 
 
@@ -277,7 +279,7 @@ def test_a_request_counts_only_steps_in_which_it_had_a_tree():
 
 
 def test_times_do_not_pile_up_when_nobody_judges_by_them():
-    worth = Worth(1, adaptive=False, ranks=None, device=torch.device("cpu"))
+    worth = Worth(1, 4, adaptive=False, ranks=None, device=torch.device("cpu"))
     for _ in range(200):
         worth.stopwatch.step()
         worth.stopwatch.add(0, 0.5)
@@ -290,3 +292,10 @@ def test_fallbacks_keep_their_order():
     """Totals are passed in the table's order."""
     fallbacks = Counter({"pooling": 3, "thinking_budget": 1})
     assert [fallbacks[reason] for reason in metrics.FALLBACK_REASONS] == [1, 0, 3]
+
+
+def test_worth_adds_up_what_steps_came_to():
+    worth = Worth(2, 4, adaptive=False, ranks=None, device=torch.device("cpu"))
+    worth.observe(COUNTS)
+    worth.observe(COUNTS)
+    assert worth._counts.tolist() == [[10, 2, 0]]

@@ -12,6 +12,7 @@ from vllm_treespec.kernels.reference.merge_candidates import (
 from vllm_treespec.testing.trees import chain_parents, random_parents
 
 STALE = -7
+MAX_NUM_REQS = 5
 NAN, INF = float("nan"), float("inf")
 
 Path = tuple[int, ...]
@@ -20,6 +21,7 @@ Tree = list[tuple[int, int, float]]
 
 
 class Candidates(NamedTuple):
+    slots: torch.Tensor
     token_ids: torch.Tensor
     parents: torch.Tensor
     scores: torch.Tensor
@@ -29,15 +31,22 @@ class Candidates(NamedTuple):
 class Merged(NamedTuple):
     token_ids: torch.Tensor
     parents: torch.Tensor
-    scores: torch.Tensor
     proposers: torch.Tensor
+    own_scores: torch.Tensor
     num_merged: torch.Tensor
+    offering: torch.Tensor
 
 
-def outputs(num_reqs: int, max_num_merged: int, device: torch.device) -> Merged:
-    column = torch.full((num_reqs, max_num_merged), STALE, device=device).int()
-    scores = column.float()
-    return Merged(column, column.clone(), scores, column.clone(), column[:, 0].clone())
+def outputs(num_proposers: int, max_num_merged: int, device: torch.device) -> Merged:
+    column = torch.full((MAX_NUM_REQS, max_num_merged), STALE, device=device).int()
+    return Merged(
+        column,
+        column.clone(),
+        column.clone(),
+        column.float().repeat(num_proposers, 1, 1),
+        column[:, 0].clone(),
+        column[:, 0].clone(),
+    )
 
 
 def random_candidates(
@@ -47,6 +56,7 @@ def random_candidates(
     shape = (num_proposers, num_reqs, size)
     trees = [random_parents(num_reqs, size + 1, seed) for seed in range(num_proposers)]
     return Candidates(
+        torch.tensor([4, 0, 2][:num_reqs], device=device),
         torch.randint(vocab_size, shape, generator=gen).int().to(device),
         (torch.stack(trees)[:, :, 1:] - 1).contiguous().to(device),
         -torch.rand(shape, generator=gen).to(device),
@@ -55,21 +65,28 @@ def random_candidates(
 
 
 def merge_trees(trees: list[Tree], device: torch.device) -> list[tuple[int, ...]]:
-    """One request's (token id, parent, score, proposers) nodes, in sorted order."""
+    """One request's (token id, parent, best score, proposers) nodes, in sorted order."""
     size = max(len(tree) for tree in trees)
     padded = [tree + [(STALE, STALE, NAN)] * (size - len(tree)) for tree in trees]
     token_ids, parents, scores = torch.tensor(padded).permute(2, 0, 1).contiguous()
-    merged = outputs(1, len(trees) * size, device)
+    merged = outputs(len(trees), len(trees) * size, device)
     merge_candidates(
+        torch.tensor([3], device=device),
         token_ids.int()[:, None].to(device),
         parents.int()[:, None].to(device),
         scores[:, None].to(device),
         torch.tensor([[len(tree)] for tree in trees], device=device).int(),
         *merged,
     )
-    num_merged = int(merged.num_merged[0])
-    columns = (column[0, :num_merged].tolist() for column in merged[:4])
+    columns = columns_of(merged, 3)
     return sorted(zip(*columns, strict=True))
+
+
+def columns_of(merged: Merged, slot: int) -> list[list[float]]:
+    """A slot's tokens, parents, best scores and proposers."""
+    best = merged.own_scores.amax(0)
+    columns = (merged.token_ids, merged.parents, best, merged.proposers)
+    return [column[slot, : int(merged.num_merged[slot])].tolist() for column in columns]
 
 
 def paths(token_ids: list[int], parents: list[int]) -> list[Path]:
@@ -101,7 +118,9 @@ def expected_nodes(candidates: Candidates, req: int) -> dict[Path, tuple[float, 
 def test_matches_reference(size: int, num_proposers: int, device: torch.device):
     candidates = random_candidates(num_proposers, 3, size, vocab_size=3, device=device)
     max_num_merged = num_proposers * size + 5
-    merged, expected = (outputs(4, max_num_merged, device) for _ in range(2))
+    merged, expected = (
+        outputs(num_proposers, max_num_merged, device) for _ in range(2)
+    )
     merge_candidates(*candidates, *merged)
     reference(*candidates, *expected)
     torch.testing.assert_close(tuple(merged), tuple(expected), rtol=0, atol=0)
@@ -110,7 +129,7 @@ def test_matches_reference(size: int, num_proposers: int, device: torch.device):
 def test_matches_reference_at_full_size(device: torch.device):
     candidates = random_candidates(2, 1, 256, vocab_size=4, device=device)
     candidates.num_candidates.copy_(torch.tensor([[256], [40]]))
-    merged, expected = outputs(1, 512, device), outputs(1, 512, device)
+    merged, expected = outputs(2, 512, device), outputs(2, 512, device)
     merge_candidates(*candidates, *merged)
     reference(*candidates, *expected)
     torch.testing.assert_close(tuple(merged), tuple(expected), rtol=0, atol=0)
@@ -121,14 +140,13 @@ def test_paths_are_the_union_of_the_proposers_paths(
     vocab_size: int, device: torch.device
 ):
     candidates = random_candidates(4, 3, 12, vocab_size, device)
-    merged = outputs(3, 48, device)
+    merged = outputs(4, 48, device)
     merge_candidates(*candidates, *merged)
-    for req, num in enumerate(merged.num_merged.tolist()):
-        columns = (column[req, :num].tolist() for column in merged[:4])
-        token_ids, parents, scores, proposers = columns
+    for req, slot in enumerate(candidates.slots.tolist()):
+        token_ids, parents, scores, proposers = columns_of(merged, slot)
         found = zip(scores, proposers, strict=True)
         nodes = dict(zip(paths(token_ids, parents), found, strict=True))
-        assert len(nodes) == num, "two nodes of one path"
+        assert len(nodes) == len(parents), "two nodes of one path"
         assert nodes == expected_nodes(candidates, req)
 
 
@@ -197,10 +215,38 @@ def test_one_token_under_two_parents_keeps_two_scores(device: torch.device):
 def test_no_candidates_are_no_nodes(device: torch.device):
     candidates = random_candidates(2, 1, 4, vocab_size=3, device=device)
     candidates.num_candidates.zero_()
-    merged = outputs(1, 8, device)
+    merged = outputs(2, 8, device)
     merge_candidates(*candidates, *merged)
-    assert merged.num_merged.tolist() == [0]
+    assert merged.num_merged.tolist() == [STALE] * 4 + [0]
+    assert merged.offering.tolist() == [STALE] * 4 + [0]
     assert (merged.token_ids == STALE).all()
+    assert (merged.own_scores[:, 4] == -INF).all()
+
+
+def test_everyone_keeps_a_score_of_its_own(device: torch.device):
+    # both know 5; 6 comes from the second alone, which scores 5 twice
+    candidates = Candidates(
+        torch.tensor([1], device=device),
+        torch.tensor([[[5, 0, 0]], [[6, 5, 5]]], device=device).int(),
+        torch.full((2, 1, 3), -1, device=device).int(),
+        torch.tensor([[[-1.0, 0.0, 0.0]], [[-2.0, -4.0, -3.0]]], device=device),
+        torch.tensor([[1], [3]], device=device).int(),
+    )
+    merged = outputs(2, 6, device)
+    merge_candidates(*candidates, *merged)
+    assert merged.token_ids[1, :2].tolist() == [5, 6]
+    assert merged.own_scores[:, 1].tolist() == [
+        [-1.0, -INF, -INF, -INF, -INF, -INF],
+        [-3.0, -2.0, -INF, -INF, -INF, -INF],
+    ]
+
+
+def test_who_offers_nothing_is_told_from_who_does(device: torch.device):
+    candidates = random_candidates(3, 3, 4, vocab_size=2, device=device)
+    candidates.num_candidates.copy_(torch.tensor([[1, 0, 4], [0, 0, 2], [3, 1, 0]]))
+    merged = outputs(3, 12, device)
+    merge_candidates(*candidates, *merged)
+    assert merged.offering[candidates.slots].tolist() == [0b101, 0b100, 0b011]
 
 
 def test_thirty_one_proposers_have_a_bit_each(device: torch.device):
@@ -210,17 +256,18 @@ def test_thirty_one_proposers_have_a_bit_each(device: torch.device):
 
 def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
     narrow = random_candidates(2, 3, 7, vocab_size=2, device=device)
+    wide = [torch.full((4, 5, 11), STALE, device=device).int() for _ in range(2)]
     candidates = Candidates(
-        torch.full((4, 5, 9), STALE, device=device).int()[::2, 1:4, :7],
-        torch.full((2, 4, 11), STALE, device=device).int()[:, :3, 2:9],
-        torch.full((3, 3, 8), NAN, device=device)[1:, :, :7],
+        narrow.slots,
+        *(each[::2, 1:4, 2:9] for each in wide),
+        torch.full((4, 5, 11), NAN, device=device)[::2, 1:4, 2:9],
         torch.full((2, 8), STALE, device=device).int()[:, 2:5],
     )
     for view, tensor in zip(candidates, narrow, strict=True):
-        view.copy_(tensor)
-    buffer, expected = outputs(3, 30, device), outputs(3, 30, device)
-    merge_candidates(*candidates, *(out[:, :14] for out in buffer[:4]), buffer[4])
-    reference(*candidates, *(out[:, :14] for out in expected[:4]), expected[4])
+        view.copy_(tensor.clone())
+    buffer, expected = outputs(2, 30, device), outputs(2, 30, device)
+    merge_candidates(*candidates, *(out[..., :14] for out in buffer[:4]), *buffer[4:])
+    reference(*candidates, *(out[..., :14] for out in expected[:4]), *expected[4:])
     torch.testing.assert_close(tuple(buffer), tuple(expected), rtol=0, atol=0)
 
 
@@ -231,11 +278,12 @@ def test_chains_share_their_common_prefix(device: torch.device):
     token_ids = torch.arange(size, dtype=torch.int32).repeat(2, 1, 1)
     token_ids[1, 0, 20:] += 100
     counts = torch.full((2, 1), size, dtype=torch.int32)
-    candidates = Candidates(token_ids, parents, -torch.ones(2, 1, size), counts)
-    merged = outputs(1, 2 * size, device)
+    slots, scores = torch.tensor([2]), -torch.ones(2, 1, size)
+    candidates = Candidates(slots, token_ids, parents, scores, counts)
+    merged = outputs(2, 2 * size, device)
     merge_candidates(*(tensor.to(device) for tensor in candidates), *merged)
-    assert merged.num_merged.tolist() == [60]
-    assert merged.parents[0, 40:42].tolist() == [19, 40]
+    assert merged.num_merged[2] == 60
+    assert merged.parents[2, 40:42].tolist() == [19, 40]
 
 
 @pytest.mark.parametrize(
@@ -250,11 +298,11 @@ def test_rejects_impossible_shapes(
 ):
     candidates = random_candidates(num_proposers, 1, 4, vocab_size=2, device=device)
     with pytest.raises(ValueError, match=message):
-        merge_candidates(*candidates, *outputs(1, max_num_merged, device))
+        merge_candidates(*candidates, *outputs(num_proposers, max_num_merged, device))
 
 
 def test_rejects_columns_of_different_strides(device: torch.device):
     candidates = random_candidates(1, 2, 4, vocab_size=2, device=device)
-    merged, wide = outputs(2, 4, device), outputs(2, 6, device)
+    merged, wide = outputs(1, 4, device), outputs(1, 6, device)
     with pytest.raises(ValueError, match="one shape and one stride"):
         merge_candidates(*candidates, *merged._replace(parents=wide.parents[:, :4]))

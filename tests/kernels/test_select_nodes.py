@@ -54,18 +54,18 @@ def outputs(num_reqs: int, max_num_nodes: int, device: torch.device) -> Selected
     return Selected(column, column.clone(), column.clone(), counts, draft_tokens)
 
 
-def random_candidates(num_reqs: int, size: int, device: torch.device) -> Candidates:
+def random_candidates(size: int, device: torch.device) -> Candidates:
     """Tokens and proposers are distinct, so that a node tells where it came from."""
     gen = torch.Generator().manual_seed(size)
-    shape = (num_reqs, size)
-    token_ids = 1 + torch.randperm(num_reqs * size, generator=gen).view(shape)
+    shape = (MAX_NUM_REQS, size)
+    token_ids = 1 + torch.randperm(MAX_NUM_REQS * size, generator=gen).view(shape)
     return Candidates(
         token_ids.int().to(device),
-        (random_parents(num_reqs, size + 1)[:, 1:] - 1).contiguous().to(device),
+        (random_parents(MAX_NUM_REQS, size + 1)[:, 1:] - 1).contiguous().to(device),
         # no path's log-probs: half of the children claim more than their parents
         -torch.rand(shape, generator=gen).to(device),
         (10_000 + token_ids).int().to(device),
-        torch.full((num_reqs,), size, dtype=torch.int32, device=device),
+        torch.full((MAX_NUM_REQS,), size, dtype=torch.int32, device=device),
     )
 
 
@@ -80,16 +80,17 @@ def select_one(
 ) -> Tree:
     """Candidate c has token 10 + c and proposers 100 + c; the request has slot 3."""
     size = len(parents)
+    rows = torch.zeros(4, 1, device=device).int()
     selected = outputs(1, max_num_nodes, device)
     select_nodes(
         int32([3], device),
-        int32([[10 + candidate for candidate in range(size)]], device),
-        int32([parents], device),
-        torch.tensor([scores], device=device),
-        int32([[100 + candidate for candidate in range(size)]], device),
-        int32([size], device),
-        int32([budget], device),
-        torch.tensor([chain_only], device=device),
+        rows + torch.arange(10, 10 + size, device=device).int(),
+        rows + int32([parents], device),
+        rows + torch.tensor([scores], device=device),
+        rows + torch.arange(100, 100 + size, device=device).int(),
+        rows[:, 0] + size,
+        *limits(4, device, budget=budget, chain_only=chain_only),
+        *(int32([1], device), 999),
         *selected,
     )
     num_nodes = int(selected.num_nodes[3])
@@ -97,35 +98,66 @@ def select_one(
     return Tree(*columns, draft_tokens=selected.draft_tokens[0].tolist())
 
 
+def limits(
+    num_slots: int, device: torch.device, *, budget: int, chain_only: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every slot's."""
+    return (
+        torch.full((num_slots,), budget, dtype=torch.int32, device=device),
+        torch.full((num_slots,), chain_only, dtype=torch.bool, device=device),
+    )
+
+
+@pytest.mark.parametrize("num_nodes", [5, 999])
 @pytest.mark.parametrize("size", [1, 2, 7, 33, 65, 200])
-def test_matches_reference(size: int, device: torch.device):
-    candidates = random_candidates(4, size, device)
-    candidates.num_candidates[1] = size // 2
-    candidates.scores[2, ::5] = -INF
+def test_matches_reference(size: int, num_nodes: int, device: torch.device):
+    candidates = random_candidates(size, device)
+    candidates.num_candidates[0] = size // 2
+    candidates.scores[6, ::5] = -INF
     # more room than candidates, less, and as many
     max_num_nodes = {7: 65, 33: 9}.get(size, size + 1)
     arguments = (
-        int32([5, 0, 6, 2], device),
+        int32([5, 0, 6, 2, 1], device),
         *candidates,
-        int32([size, size, size // 2, size], device),
-        torch.tensor([False, False, False, True], device=device),
+        int32([size, size, size, 1, 1, size, size // 2], device),
+        torch.tensor([slot == 2 for slot in range(MAX_NUM_REQS)], device=device),
+        int32([1, 3, 2, 1, 0], device),
+        num_nodes,
     )
-    selected, expected = (outputs(4, max_num_nodes, device) for _ in range(2))
+    selected, expected = (outputs(5, max_num_nodes, device) for _ in range(2))
     select_nodes(*arguments, *selected)
     reference(*arguments, *expected)
     torch.testing.assert_close(tuple(selected), tuple(expected), rtol=0, atol=0)
 
 
 def test_matches_reference_at_full_size(device: torch.device):
-    candidates = random_candidates(1, 512, device)
+    candidates = random_candidates(512, device)
     # eight levels of score: ties everywhere
     candidates.scores.mul_(8).ceil_().div_(8)
-    arguments = (int32([4], device), *candidates, int32([1024], device))
-    arguments = (*arguments, int32([0], device))
+    arguments = (
+        int32([4], device),
+        *candidates,
+        *limits(MAX_NUM_REQS, device, budget=1024),
+        *(int32([1], device), 1024),
+    )
     selected, expected = outputs(1, 1025, device), outputs(1, 1025, device)
     select_nodes(*arguments, *selected)
     reference(*arguments, *expected)
     torch.testing.assert_close(tuple(selected), tuple(expected), rtol=0, atol=0)
+
+
+def test_a_request_without_a_newest_token_gets_no_nodes(device: torch.device):
+    candidates = random_candidates(5, device)
+    selected = outputs(3, 6, device)
+    select_nodes(
+        int32([4, 0, 5], device),
+        *candidates,
+        *limits(MAX_NUM_REQS, device, budget=4),
+        *(int32([2, 0, 1], device), 3),
+        *selected,
+    )
+    assert selected.num_nodes[[4, 0, 5]].tolist() == [4, 1, 4]
+    assert selected.draft_tokens[1].tolist() == [0] * 5
 
 
 def path_scores(parents: list[int], log_probs: list[float]) -> list[float]:
@@ -194,10 +226,10 @@ def test_scores_of_a_path_are_not_added_up(device: torch.device):
 
 
 def test_every_prefix_is_a_tree(device: torch.device):
-    candidates = random_candidates(1, 60, device)
+    candidates = random_candidates(60, device)
     selected = outputs(1, 61, device)
-    arguments = (*candidates, int32([60], device), int32([0], device))
-    select_nodes(int32([0], device), *arguments, *selected)
+    arguments = (*limits(MAX_NUM_REQS, device, budget=60), int32([1], device), 60)
+    select_nodes(int32([0], device), *candidates, *arguments, *selected)
     parents = selected.parents[0].tolist()
     assert parents[0] == -1
     assert all(0 <= parent < node for node, parent in enumerate(parents) if node)
@@ -293,24 +325,25 @@ def test_a_tree_of_the_root_alone_has_no_drafts(device: torch.device):
 
 
 def test_candidates_past_the_count_are_ignored(device: torch.device):
-    candidates = random_candidates(1, 6, device)
-    candidates.scores[0, 3:] = 0.0
-    candidates.parents[0, 3:] = -1
-    candidates.num_candidates[0] = 3
-    for chain_only in (0, 1):
+    candidates = random_candidates(6, device)
+    candidates.scores[1, 3:] = 0.0
+    candidates.parents[1, 3:] = -1
+    candidates.num_candidates[1] = 3
+    for chain_only in (False, True):
         selected = outputs(1, 7, device)
-        arguments = (*candidates, int32([6], device), int32([chain_only], device))
+        limited = limits(MAX_NUM_REQS, device, budget=6, chain_only=chain_only)
+        arguments = (*candidates, *limited, int32([1], device), 6)
         select_nodes(int32([1], device), *arguments, *selected)
-        stale_tokens = set(candidates.token_ids[0, 3:].tolist())
+        stale_tokens = set(candidates.token_ids[1, 3:].tolist())
         assert not stale_tokens & set(selected.draft_tokens[0].tolist())
         assert 2 <= selected.num_nodes[1] <= 4
 
 
 def test_other_slots_and_columns_past_the_tree_are_left_alone(device: torch.device):
-    candidates = random_candidates(1, 5, device)
+    candidates = random_candidates(5, device)
     selected = outputs(1, 6, device)
-    arguments = (*candidates, int32([2], device), int32([0], device))
-    select_nodes(int32([4], device), *arguments, *selected)
+    arguments = (*limits(MAX_NUM_REQS, device, budget=2), int32([1], device), 9)
+    select_nodes(int32([4], device), *candidates, *arguments, *selected)
     others = [slot for slot in range(MAX_NUM_REQS) if slot != 4]
     for out in selected[:4]:
         assert (out[others] == STALE).all()
@@ -319,22 +352,27 @@ def test_other_slots_and_columns_past_the_tree_are_left_alone(device: torch.devi
 
 
 def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
-    narrow = random_candidates(3, 7, device)
+    narrow = random_candidates(7, device)
     # -1 beyond the view: a wrong stride reads a tree, not a cycle
-    views = [torch.full((6, 12), -1, dtype=t.dtype, device=device) for t in narrow[:4]]
+    shape = (2 * MAX_NUM_REQS, 12)
+    views = [torch.full(shape, -1, dtype=t.dtype, device=device) for t in narrow[:4]]
     candidates = Candidates(*(view[::2, 3:10] for view in views), narrow[4])
     for view, tensor in zip(candidates, narrow, strict=True):
-        view.copy_(tensor)
+        view.copy_(tensor.clone())
     arguments = (
         int32([6, 1, 3], device),
         *candidates,
-        int32([5, 7, 3], device),
-        torch.tensor([False, True, False], device=device),
+        int32([0, 7, 0, 3, 0, 0, 5], device),
+        torch.tensor([slot == 1 for slot in range(MAX_NUM_REQS)], device=device),
+        *(int32([1, 1, 1], device), 6),
     )
     buffers, expected = outputs(3, 20, device), outputs(3, 20, device)
+    drafts = []
     for fn, out in ((select_nodes, buffers), (reference, expected)):
         trees = (column[:, :9] for column in out[:3])
-        fn(*arguments, *trees, out.num_nodes, out.draft_tokens[:, :8])
+        drafts.append(out.draft_tokens[:, :8].contiguous())
+        fn(*arguments, *trees, out.num_nodes, drafts[-1])
+    assert torch.equal(*drafts)
     torch.testing.assert_close(tuple(buffers), tuple(expected), rtol=0, atol=0)
 
 
@@ -342,24 +380,32 @@ def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
     ("name", "message"),
     [
         ("parents", "token_ids, parents, scores and proposers must have one shape"),
-        ("num_candidates", "every per-request tensor must have 2 rows"),
+        ("num_candidates", "every per-slot tensor must have 7 slots"),
     ],
 )
 def test_rejects_impossible_candidates(name: str, message: str, device: torch.device):
-    candidates = random_candidates(2, 4, device)
+    candidates = random_candidates(4, device)
     shorter = candidates._replace(**{name: getattr(candidates, name)[:1]})
-    arguments = (*shorter, int32([4, 4], device), int32([0, 0], device))
+    arguments = (*limits(MAX_NUM_REQS, device, budget=4), int32([1, 1], device), 4)
     with pytest.raises(ValueError, match=message):
-        select_nodes(int32([0, 1], device), *arguments, *outputs(2, 5, device))
+        select_nodes(
+            int32([0, 1], device), *shorter, *arguments, *outputs(2, 5, device)
+        )
 
 
-def test_rejects_draft_tokens_of_another_width(device: torch.device):
-    candidates = random_candidates(1, 4, device)
-    arguments = (*candidates, int32([4], device), int32([0], device))
-    selected = outputs(1, 5, device)._replace(
-        draft_tokens=outputs(1, 5, device)[4][:, :3]
-    )
-    with pytest.raises(
-        ValueError, match="draft_tokens has 3 columns, expected one less"
-    ):
-        select_nodes(int32([0], device), *arguments, *selected)
+@pytest.mark.parametrize(
+    ("num_rows", "width", "message"),
+    [
+        (1, 3, "draft_tokens has 3 columns, expected one less"),
+        (0, 4, "num_sampled and draft_tokens must have 1 rows"),
+    ],
+)
+def test_rejects_draft_tokens_of_another_shape(
+    num_rows: int, width: int, message: str, device: torch.device
+):
+    candidates = random_candidates(4, device)
+    arguments = (*limits(MAX_NUM_REQS, device, budget=4), int32([1], device), 4)
+    draft_tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
+    selected = outputs(1, 5, device)._replace(draft_tokens=draft_tokens)
+    with pytest.raises(ValueError, match=message):
+        select_nodes(int32([0], device), *candidates, *arguments, *selected)

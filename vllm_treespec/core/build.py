@@ -23,33 +23,43 @@ from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import Candidates
 from vllm_treespec.core.tree import TreeBuffers
-
-NUM_COMPANIES = 3  # nobody else proposes anything; others do, but not this; others do
+from vllm_treespec.kernels.bins import NUM_COMPANIES
 
 
 @dataclass(frozen=True, slots=True)
 class MergedCandidates:
-    """One tree per batch row, every node remembering who proposed it."""
+    """One tree per request slot, every node remembering who proposed it."""
 
-    token_ids: torch.Tensor  # [max_num_reqs, max_candidates] int32
-    parents: torch.Tensor  # [max_num_reqs, max_candidates] int32, -1: the root's child
-    scores: torch.Tensor  # [max_num_reqs, max_candidates] float32, path log-prob
-    proposers: torch.Tensor  # [max_num_reqs, max_candidates] int32, bit per proposer
-    num_candidates: torch.Tensor  # [max_num_reqs] int32
+    token_ids: torch.Tensor  # [max_num_reqs, max_merged] int32
+    parents: torch.Tensor  # [max_num_reqs, max_merged] int32, -1: the root's child
+    proposers: torch.Tensor  # [max_num_reqs, max_merged] int32, bit per proposer
+    own_scores: (
+        torch.Tensor
+    )  # [num_proposers, max_num_reqs, max_merged] float32, -inf: not its own
+    scores: torch.Tensor  # [max_num_reqs, max_merged] float32, path log-prob
+    num_nodes: torch.Tensor  # [max_num_reqs] int32
+    offering: torch.Tensor  # [max_num_reqs] int32, bit per proposer with candidates
 
     @classmethod
     def allocate(
-        cls, max_num_reqs: int, max_candidates: int, device: torch.device
+        cls,
+        num_proposers: int,
+        max_num_reqs: int,
+        max_merged: int,
+        device: torch.device,
     ) -> MergedCandidates:
-        def empty(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(max_num_reqs, max_candidates, dtype=dtype, device=device)
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
+        shape = (max_num_reqs, max_merged)
         return cls(
-            token_ids=empty(torch.int32),
-            parents=empty(torch.int32),
-            scores=empty(torch.float32),
-            proposers=empty(torch.int32),
-            num_candidates=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+            token_ids=zeros(*shape),
+            parents=zeros(*shape),
+            proposers=zeros(*shape),
+            own_scores=zeros(num_proposers, *shape, dtype=torch.float32),
+            scores=zeros(*shape, dtype=torch.float32),
+            num_nodes=zeros(max_num_reqs),
+            offering=zeros(max_num_reqs),
         )
 
 
@@ -73,18 +83,15 @@ class TreeBuilder:
             num_proposers, max_num_reqs, max_candidates, device
         )
         self._merged = MergedCandidates.allocate(
-            max_num_reqs, num_proposers * max_candidates, device
+            num_proposers, max_num_reqs, num_proposers * max_candidates, device
         )
         # Rows of one proposer follow each other, one for each company.
         self._calibration = Calibration(num_proposers * NUM_COMPANIES, device)
-        self._was_drawn: torch.Tensor | None = None
-        shape = self._merged.parents.shape  # [max_num_reqs, max_merged]
-        self._labels = torch.zeros((1, *shape), dtype=torch.int8, device=device)
-        # Each proposer's own score of a node, and the company that its path has.
-        self._scores = torch.zeros((num_proposers, *shape), device=device)
-        self._company = torch.zeros(
-            (num_proposers * NUM_COMPANIES, *shape), dtype=torch.bool, device=device
-        )
+
+    def reset(self, slot: int) -> None:
+        """Another request took the slot: there is no tree, and none to learn from."""
+        self._trees.reset(slot)
+        self._merged.num_nodes[slot] = 0
 
     def upload(self, proposer: int, candidates: Candidates) -> None:
         """Take what a proposer on the host suggests; the copy is not waited for."""
@@ -108,36 +115,43 @@ class TreeBuilder:
 
     def learn(
         self,
-        emitted: torch.Tensor,  # [num_rows, max_emitted] int64, rows of the last build
-        num_emitted: torch.Tensor,  # [num_rows] int32, 0: nothing is known of the row
+        slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
+        num_emitted: torch.Tensor,  # [num_reqs] int32, tokens said since the last build
+        token_ids: torch.Tensor,  # [max_num_reqs, max_num_tokens] int, whole texts
+        num_tokens: torch.Tensor,  # [max_num_reqs] int32, of each slot's text
     ) -> None:
-        """Compare the last step's candidates with what the target said."""
-        rows = slice(num_emitted.shape[0])
-        merged, labels = self._merged, self._labels[:, rows]
-        self._kernels.label_candidates(
-            merged.token_ids[None, rows],
-            merged.parents[None, rows],
-            merged.num_candidates[None, rows],
-            emitted,
+        """Compare the slots' last candidates with what the target said."""
+        merged, calibration = self._merged, self._calibration
+        self._kernels.tally_candidates(
+            slots,
+            merged.token_ids,
+            merged.parents,
+            merged.proposers,
+            merged.own_scores,
+            merged.num_nodes,
+            merged.offering,
+            token_ids,
+            num_tokens,
             num_emitted,
-            labels,
+            calibration.right,
+            calibration.known,
         )
-        labels = torch.where(self._company[:, rows], labels, -1)
-        if self._was_drawn is not None:
-            # Drawn candidates have no scores to calibrate.
-            labels[:NUM_COMPANIES].masked_fill_(self._was_drawn[:, None], -1)
-        self._calibration.observe(self._for_companies(rows), labels)
+        calibration.end_step()
 
     def build(
         self,
         slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
-        budgets: torch.Tensor,  # [num_reqs] int32, nodes to keep, root excluded
-        chain_only: torch.Tensor,  # [num_reqs] int32, 1: keep the best path only
+        num_sampled: torch.Tensor,  # [num_reqs] int32, 0: no token to continue
+        max_nodes: torch.Tensor,  # [max_num_reqs] int32, of each slot, root excluded
+        chain_only: torch.Tensor,  # [max_num_reqs] int32, 1: keep the best path only
+        *,
+        num_nodes: int,
         is_drawn: torch.Tensor | None = None,  # [num_reqs] bool
     ) -> torch.Tensor:
         """Replace the slots' trees.
 
         Args:
+            num_nodes: of any tree at most, root excluded.
             is_drawn: rows for which the first proposer drew its candidates. They come
                 first, in their order, whatever they are: choosing would bias them.
 
@@ -145,28 +159,36 @@ class TreeBuilder:
             ``[num_reqs, max_num_nodes - 1]`` int64 draft tokens in node order, root
             excluded; unused columns hold a valid id.
         """
-        num_reqs = slots.shape[0]
-        rows = slice(num_reqs)
         merged, trees = self._merged, self._trees
-        self._merge(rows)
-        self._score(rows)
-        self._was_drawn = is_drawn
-        if is_drawn is not None:
-            by_first = merged.proposers[rows] & 1 > 0
-            merged.scores[rows].masked_fill_(is_drawn[:, None] & by_first, 0.0)
+        self._merge(slots)
+        self._kernels.rate_candidates(
+            slots,
+            merged.proposers,
+            merged.own_scores,
+            merged.num_nodes,
+            merged.offering,
+            self._calibration.knots,
+            is_drawn,
+            merged.scores,
+        )
         # Allocated anew: vLLM may still copy the last step's drafts to the host.
-        draft_tokens = torch.zeros(
-            num_reqs, trees.parents.shape[1] - 1, dtype=torch.int64, device=self._device
+        draft_tokens = torch.empty(
+            slots.shape[0],
+            trees.parents.shape[1] - 1,
+            dtype=torch.int64,
+            device=self._device,
         )
         self._kernels.select_nodes(
             slots,
-            merged.token_ids[rows],
-            merged.parents[rows],
-            merged.scores[rows],
-            merged.proposers[rows],
-            merged.num_candidates[rows],
-            budgets,
+            merged.token_ids,
+            merged.parents,
+            merged.scores,
+            merged.proposers,
+            merged.num_nodes,
+            max_nodes,
             chain_only,
+            num_sampled,
+            num_nodes,
             trees.token_ids,
             trees.parents,
             trees.proposers,
@@ -178,49 +200,20 @@ class TreeBuilder:
         )
         return draft_tokens
 
-    def _merge(self, rows: slice) -> None:
+    def _merge(self, slots: torch.Tensor) -> None:
         """One tree of all candidates, and each proposer's own scores of its nodes."""
+        rows = slice(slots.shape[0])
         candidates, merged = self.candidates, self._merged
-        for proposer, scores in enumerate(self._scores):
-            # A node keeps the best score that it is given: here, the only one.
-            only = torch.full_like(candidates.scores[:, rows], -torch.inf)
-            only[proposer] = candidates.scores[proposer, rows]
-            self._kernels.merge_candidates(
-                candidates.token_ids[:, rows],
-                candidates.parents[:, rows],
-                only,
-                candidates.num_candidates[:, rows],
-                merged.token_ids[rows],
-                merged.parents[rows],
-                scores[rows],
-                merged.proposers[rows],
-                merged.num_candidates[rows],
-            )
-
-    def _score(self, rows: slice) -> None:
-        """Find out each node's company, and what it is worth in that."""
-        merged, num_proposers = self._merged, self._scores.shape[0]
-        bits = merged.proposers[rows]
-        columns = torch.arange(bits.shape[1], device=bits.device)
-        is_node = columns < merged.num_candidates[rows, None]
-        own = 1 << torch.arange(num_proposers, device=bits.device, dtype=bits.dtype)
-        own = own[:, None, None]
-        others_have = bits & ~own != 0
-        offers = (self.candidates.num_candidates[:, rows] > 0).int()
-        others_offer = (offers.sum(0) - offers > 0)[:, :, None]
-        company = torch.stack(
-            [~others_have & ~others_offer, ~others_have & others_offer, others_have], 1
+        self._kernels.merge_candidates(
+            slots,
+            candidates.token_ids[:, rows],
+            candidates.parents[:, rows],
+            candidates.scores[:, rows],
+            candidates.num_candidates[:, rows],
+            merged.token_ids,
+            merged.parents,
+            merged.proposers,
+            merged.own_scores,
+            merged.num_nodes,
+            merged.offering,
         )
-        # What a proposer scores with no number has only what the others say of it.
-        has_score = (bits & own != 0) & is_node & self._scores[:, rows].isfinite()
-        company &= has_score[:, None]
-        self._company[:, rows] = company.flatten(0, 1)
-        company = self._company[:, rows]
-        worth = self._calibration.apply(self._for_companies(rows))
-        total = torch.where(company, worth, 0.0).sum(0)
-        merged.scores[rows] = total / company.sum(0)  # no node: NaN, and not used
-
-    def _for_companies(self, rows: slice) -> torch.Tensor:
-        """``[num_proposers * NUM_COMPANIES, num_rows, max_merged]`` float32."""
-        scores = self._scores[:, None, rows]
-        return scores.expand(-1, NUM_COMPANIES, -1, -1).flatten(0, 1)

@@ -27,9 +27,11 @@ class KernelSet:
     walk_iid: Callable[..., None]
     walk_traversal: Callable[..., None]
     compact_kv: Callable[..., None]
+    count_step: Callable[..., None]
+    tally_candidates: Callable[..., None]
     merge_candidates: Callable[..., None]
+    rate_candidates: Callable[..., None]
     select_nodes: Callable[..., None]
-    label_candidates: Callable[..., None]
     perturb_logits: Callable[..., None]
 
 

@@ -3,38 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
+from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
+from vllm_treespec.kernels.bins import NUM_RANKS
 
-MAX_RANK = 8  # children from here on are counted together
+MAX_RANK = NUM_RANKS - 1  # children from here on are counted together
 
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
     """What one step's verification came to. Slots without a tree count as the root."""
 
-    verified: torch.Tensor  # [num_reqs] int64, nodes verified, root excluded
-    lengths: torch.Tensor  # [num_reqs] int64, accepted nodes, root excluded
-    by_rank: torch.Tensor  # [MAX_RANK + 1] int64, accepted nodes, 0: first child
-    drafted: torch.Tensor  # [num_proposers] int64, verified nodes it proposed
-    accepted: torch.Tensor  # [num_proposers] int64, of them, those on the path
-    exclusive: torch.Tensor  # [num_proposers] int64, of them, nobody else's
+    # [num_reqs, 2 + NUM_RANKS + 3 * num_proposers] int64, see ``count_step``
+    counts: torch.Tensor
+
+    @property
+    def verified(self) -> torch.Tensor:
+        """``[num_reqs]`` nodes verified, root excluded."""
+        return self.counts[:, 0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """``[num_reqs]`` accepted nodes, root excluded."""
+        return self.emitted_and_exclusive[:, 0] - 1
+
+    @property
+    def by_rank(self) -> torch.Tensor:
+        """``[NUM_RANKS]`` accepted nodes, 0: first child."""
+        return self.counts[:, 1 : 1 + NUM_RANKS].sum(0)
+
+    @property
+    def drafted(self) -> torch.Tensor:
+        """``[num_proposers]`` verified nodes it proposed."""
+        return self._by_proposer[:, : self._num_proposers].sum(0)
+
+    @property
+    def accepted(self) -> torch.Tensor:
+        """``[num_proposers]`` of them, those on the path."""
+        return self._by_proposer[:, self._num_proposers :].sum(0)
+
+    @property
+    def exclusive(self) -> torch.Tensor:
+        """``[num_proposers]`` of them, those lost without it."""
+        return self.emitted_and_exclusive[:, 1:].sum(0)
+
+    @property
+    def emitted_and_exclusive(self) -> torch.Tensor:
+        """``[num_reqs, 1 + num_proposers]`` tokens emitted, and the last of the above."""
+        return self.counts[:, -1 - self._num_proposers :]
+
+    @property
+    def _num_proposers(self) -> int:
+        return (self.counts.shape[1] - 2 - NUM_RANKS) // 3
+
+    @property
+    def _by_proposer(self) -> torch.Tensor:
+        return self.counts[:, 1 + NUM_RANKS : -1 - self._num_proposers]
 
     def to_host(self) -> StepCounts:
         """The same in host memory, once what the device does before this is done."""
-        parts = [getattr(self, field.name) for field in fields(self)]
-        packed = torch.cat(parts)
         # Allocated anew: the last step's may not have been read yet.
-        copied = torch.empty_like(packed, device="cpu", pin_memory=packed.is_cuda)
-        copied.copy_(packed, non_blocking=True)
-        return StepCounts(*torch.split(copied, [part.shape[0] for part in parts]))
+        pinned = self.counts.is_cuda
+        copied = torch.empty_like(self.counts, device="cpu", pin_memory=pinned)
+        return StepCounts(copied.copy_(self.counts, non_blocking=True))
 
 
 def count_step(
+    kernels: KernelSet,
     trees: TreeBuffers,
     paths: AcceptedPaths,
     slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
@@ -42,67 +82,19 @@ def count_step(
     num_proposers: int,
 ) -> StepCounts:
     """Count a verified step; before its trees are replaced. Waits for nothing."""
-    num_reqs = slots.shape[0]
-    # Of a tree, as much is verified as was scheduled; what else was scheduled is padding.
-    rows = torch.minimum(trees.num_nodes[slots], cu_num_logits.diff())
-    verified = (rows.long() - 1).clamp_(min=0)
-    columns = torch.arange(trees.parents.shape[1], device=slots.device)
-    is_node = (columns > 0) & (columns <= verified[:, None])
-    path = paths.nodes[:num_reqs].long()  # [num_reqs, max_num_nodes], root first
-    lengths = paths.lengths[:num_reqs].long()
-    on_path = columns[1:] <= lengths[:, None]  # of path[:, 1:]
-    bits = trees.proposers[slots]
-    own = 1 << torch.arange(num_proposers, device=slots.device, dtype=bits.dtype)
-    is_own = (bits[:, :, None] & own) != 0
-    path_is_own = (bits.gather(1, path)[:, 1:, None] & own) != 0
-    return StepCounts(
-        verified=verified,
-        lengths=lengths,
-        by_rank=_count_ranks(trees.parents[slots], is_node, path, on_path),
-        drafted=(is_own & is_node[:, :, None]).sum((0, 1)),
-        accepted=(path_is_own & on_path[:, :, None]).sum((0, 1)),
-        exclusive=marginal_acceptance(bits, path, lengths, num_proposers),
+    shape = (slots.shape[0], 2 + NUM_RANKS + 3 * num_proposers)
+    counts = torch.empty(shape, dtype=torch.int64, device=slots.device)
+    kernels.count_step(
+        slots,
+        cu_num_logits,
+        trees.num_nodes,
+        trees.parents,
+        trees.proposers,
+        paths.nodes,
+        paths.lengths,
+        counts,
     )
-
-
-def _count_ranks(
-    parents: torch.Tensor,  # [num_reqs, max_num_nodes] int32, stale where no node
-    is_node: torch.Tensor,  # [num_reqs, max_num_nodes] bool
-    path: torch.Tensor,  # [num_reqs, max_num_nodes] int64, root first
-    on_path: torch.Tensor,  # [num_reqs, max_num_nodes - 1] bool, of path[:, 1:]
-) -> torch.Tensor:  # [MAX_RANK + 1] int64
-    """Accepted nodes by how many better siblings they have."""
-    num_reqs, num_columns = parents.shape
-    of = parents.long().clamp_(min=0)
-    # Node -> its child on the path; one column more takes what is behind the path.
-    taken = path.new_zeros(num_reqs, num_columns + 1)
-    taken.scatter_(1, torch.where(on_path, path[:, :-1], num_columns), path[:, 1:])
-    columns = torch.arange(num_columns, device=path.device)
-    is_better = is_node & (columns < taken.gather(1, of))
-    num_better = torch.zeros_like(path).scatter_add_(1, of, is_better.long())
-    ranks = num_better.gather(1, path[:, :-1]).clamp_(max=MAX_RANK)
-    counted = torch.arange(MAX_RANK + 1, device=path.device)
-    return ((ranks[:, :, None] == counted) & on_path[:, :, None]).sum((0, 1))
-
-
-def marginal_acceptance(
-    proposers: torch.Tensor,  # [num_reqs, max_num_nodes] int32, per node a bit per one
-    nodes: torch.Tensor,  # [num_reqs, max_num_nodes] int32, accepted path, root first
-    lengths: torch.Tensor,  # [num_reqs] int32, accepted nodes, root excluded
-    num_proposers: int,
-) -> torch.Tensor:  # [num_proposers] int64
-    """Accepted nodes that would have been lost without each proposer.
-
-    A path ends at the first node that nobody else proposed, so what follows is lost
-    with it, whoever else proposed that.
-    """
-    bits = proposers.gather(1, nodes.long())[:, 1:, None]
-    depths = torch.arange(1, nodes.shape[1], device=nodes.device)
-    accepted = (depths <= lengths[:, None])[:, :, None]
-    own = 1 << torch.arange(num_proposers, device=nodes.device, dtype=bits.dtype)
-    by_others = accepted & (bits & ~own != 0)
-    kept = by_others.cumprod(1).sum(1)
-    return (lengths[:, None] - kept).sum(0)
+    return StepCounts(counts)
 
 
 def accepted_levels(

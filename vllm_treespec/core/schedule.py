@@ -52,29 +52,21 @@ class RequestLimits:
     def __init__(
         self, max_num_reqs: int, num_proposers: int, device: torch.device
     ) -> None:
-        self.max_nodes = np.zeros(max_num_reqs, np.int32)
+        self.max_nodes_np = np.zeros(max_num_reqs, np.int32)
         self.allowed = np.zeros((num_proposers, max_num_reqs), np.bool_)
         # The same two on the device, ``_allowed`` as int32.
-        self._max_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.max_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._allowed = torch.zeros(
             num_proposers, max_num_reqs, dtype=torch.int32, device=device
         )
 
     def set(self, slot: int, max_nodes: int, allowed: Sequence[bool]) -> None:
         """A request came. Who may verify nothing needs no drafts."""
-        self.max_nodes[slot] = max_nodes
+        self.max_nodes_np[slot] = max_nodes
         self.allowed[:, slot] = [each and max_nodes > 0 for each in allowed]
-        self._max_nodes[slot] = max_nodes
+        self.max_nodes[slot] = max_nodes
         column = torch.from_numpy(self.allowed[:, slot].astype(np.int32))
         self._allowed[:, slot] = column.to(self._allowed.device, non_blocking=True)
-
-    def budgets(
-        self,
-        slots: torch.Tensor,  # [num_reqs] int64
-        num_nodes: int,
-    ) -> torch.Tensor:  # [num_reqs] int32
-        """Nodes to keep for each, of at most so many."""
-        return self._max_nodes[slots].clamp(max=num_nodes)
 
     def drop_unwanted(
         self,

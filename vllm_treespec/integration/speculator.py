@@ -22,7 +22,6 @@ from vllm_treespec.config import (
 )
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
-from vllm_treespec.core.feedback import Feedback
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.observe import StepCounts, count_step
 from vllm_treespec.core.propose.factory import make_proposers
@@ -103,6 +102,7 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         self._worth = Worth(
             len(config.proposers),
+            max_num_reqs,
             adaptive=config.adaptive,
             ranks=self._ranks,
             device=device,
@@ -135,7 +135,6 @@ class TreeSpeculator(DraftModelSpeculator):
         self._counts: StepCounts | None = None  # of the last step that verified drafts
         # [max_num_reqs], why a slot would have no drafts verified
         self._no_draft_reasons = np.full(max_num_reqs, NOTHING_OFFERED, np.int8)
-        self._feedback = Feedback(max_num_reqs, config.max_depth + 1, device)
         self.has_custom_processors = False  # until the sampler is made
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
@@ -205,8 +204,7 @@ class TreeSpeculator(DraftModelSpeculator):
             options.max_nodes,
             [name in options.proposers for name in self._names],
         )
-        self.trees.reset(slot)
-        self._feedback.forget(slot)
+        self.builder.reset(slot)
         reason = chain_reason(
             sampling_params, has_custom_processors=self.has_custom_processors
         )
@@ -269,7 +267,7 @@ class TreeSpeculator(DraftModelSpeculator):
         slots = input_batch.idx_mapping[:num_reqs]
         slots_np = input_batch.idx_mapping_np.astype(np.int32)
         self._reporter.decoded(input_batch, self._no_draft_reasons[slots_np])
-        self._learn(input_batch, slots)
+        self._learn(input_batch, slots, num_sampled)
         if self.hosted is not None:
             self.hosted.fetch_sampled(slots, num_sampled)
         slot_list = slots_np.tolist()
@@ -291,15 +289,13 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         self._num_drafts[slots_np] = np.minimum(
             offered,
-            np.minimum(self._limits.max_nodes[slots_np], num_speculative_tokens),
+            np.minimum(self._limits.max_nodes_np[slots_np], num_speculative_tokens),
         )
         self._note_reasons(slots_np, allowed, offered, num_speculative_tokens)
-        # A request still in its prefill has no newest token to continue.
-        budgets = self._limits.budgets(slots, num_speculative_tokens)
-        budgets.masked_fill_(num_sampled == 0, 0)
         with self.phases.measure(BUILD):
-            draft_tokens = self._build(slots, budgets, slot_list, draws=draws)
-        self._feedback.remember(slots, self.req_states.total_len.gpu)
+            draft_tokens = self._build(
+                slots, num_sampled, num_speculative_tokens, slot_list, draws=draws
+            )
         self._worth.end_step()
         if self.hosted is not None:
             self.hosted.learn(slots_np)
@@ -327,6 +323,7 @@ class TreeSpeculator(DraftModelSpeculator):
     def _count(self, input_batch: Any) -> None:
         num_reqs = input_batch.num_reqs
         self._counts = count_step(
+            self.kernels,
             self.trees,
             self.paths,
             input_batch.idx_mapping[:num_reqs],
@@ -381,29 +378,41 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _build(
         self,
-        slots: torch.Tensor,
-        budgets: torch.Tensor,
+        slots: torch.Tensor,  # [num_reqs] int64
+        num_sampled: torch.Tensor,  # [num_reqs] int32
+        num_nodes: int,
         slot_list: list[int],
         *,
         draws: bool,
     ) -> torch.Tensor:
-        chain_only, sampled = self._chain_only[slots], self.sampled
-        if sampled is None:
-            return self.builder.build(slots, budgets, chain_only)
-        if not draws or 0 not in self.drafts.models:  # it may have failed meanwhile
-            sampled.reset(slots, slot_list)
-            return self.builder.build(slots, budgets, chain_only)
-        is_drawn = sampled.drawing.is_drawn[: slots.shape[0]]
-        draft_tokens = self.builder.build(slots, budgets, chain_only, is_drawn.clone())
-        sampled.place(
+        sampled, is_drawn = self.sampled, None
+        draws = draws and 0 in self.drafts.models  # it may have failed meanwhile
+        if sampled is not None and draws:
+            is_drawn = sampled.drawing.is_drawn[: slots.shape[0]]
+        draft_tokens = self.builder.build(
             slots,
-            self.builder.candidates.of(0),
-            self.drafts.models[0].grower,
-            slot_list,
+            num_sampled,
+            self._limits.max_nodes,
+            self._chain_only,
+            num_nodes=num_nodes,
+            is_drawn=is_drawn,
         )
+        if sampled is None:
+            return draft_tokens
+        if draws:
+            sampled.place(
+                slots,
+                self.builder.candidates.of(0),
+                self.drafts.models[0].grower,
+                slot_list,
+            )
+        else:
+            sampled.reset(slots, slot_list)
         return draft_tokens
 
-    def _learn(self, input_batch: Any, slots: torch.Tensor) -> None:
+    def _learn(
+        self, input_batch: Any, slots: torch.Tensor, num_sampled: torch.Tensor
+    ) -> None:
         """Compare what the target said with the last trees, and with what was drafted."""
         states = self.req_states
         self._worth.stopwatch.step()
@@ -411,7 +420,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self._worth.observe(self._counts)
             self.drafts.learn(self.trees, self.paths, slots)
         self.builder.learn(
-            *self._feedback.emitted(states.all_token_ids.gpu, states.total_len.gpu)
+            slots, num_sampled, states.all_token_ids.gpu, states.total_len.gpu
         )
 
     def num_drafts(self, req_id: str) -> int:

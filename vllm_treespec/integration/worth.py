@@ -21,14 +21,23 @@ class Worth:
     """
 
     def __init__(
-        self, num_proposers: int, *, adaptive: bool, ranks: Any, device: torch.device
+        self,
+        num_proposers: int,
+        max_num_reqs: int,
+        *,
+        adaptive: bool,
+        ranks: Any,
+        device: torch.device,
     ) -> None:
         self._roster = Roster(num_proposers)
         self._adaptive = adaptive
         self._ranks = ranks
         self.stopwatch = Stopwatch(num_proposers, device)
-        # Emitted tokens, then each proposer's marginal ones.
-        self._counts = torch.zeros(1 + num_proposers, dtype=torch.int64, device=device)
+        # Emitted tokens, then each proposer's marginal ones: one row of them.
+        self._counts = torch.zeros(
+            1, 1 + num_proposers, dtype=torch.int64, device=device
+        )
+        self._row = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._copied = torch.zeros_like(
             self._counts, device="cpu", pin_memory=device.type != "cpu"
         )
@@ -42,8 +51,8 @@ class Worth:
 
     def observe(self, counts: StepCounts) -> None:
         """Add a step's."""
-        self._counts[0] += (counts.lengths + 1).sum()
-        self._counts[1:] += counts.exclusive
+        added = counts.emitted_and_exclusive
+        self._counts.index_add_(0, self._row[: added.shape[0]], added)
 
     def end_step(self) -> None:
         """Decide anew who drafts, if a window is over."""
@@ -51,7 +60,7 @@ class Worth:
         if self._num_steps % WINDOW:
             return
         if self._adaptive and self._times is not None:
-            num_emitted, *gains = self._copied.tolist()
+            num_emitted, *gains = self._copied[0].tolist()
             seconds, total_seconds = self._times
             self._roster.judge(
                 num_emitted=num_emitted,

@@ -190,27 +190,94 @@ def walk_tree(block_nodes: int) -> Arguments:
     )
 
 
-def merge_candidates(block_candidates: int, block_nodes: int) -> Arguments:
+def count_step(block_nodes: int, slots: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "cu_num_logits_ptr",
+        "num_nodes_ptr",
+        "parents_ptr",
+        "proposers_ptr",
+        "tree_stride",
+        "paths_ptr",
+        "paths_stride",
+        "path_lens_ptr",
+        "counts_stride",
+        "num_proposers",
+        slots_ptr=slots,
+        counts_ptr="*i64",
+        NUM_RANKS=9,
+        BLOCK_RANKS=16,
+        BLOCK_NODES=block_nodes,
+    )
+
+
+def tally_candidates(
+    block_nodes: int, slots: str = "*i64", tokens: str = "*i32"
+) -> Arguments:
+    return int32_arguments(
+        "merged_token_ids_ptr",
+        "merged_parents_ptr",
+        "proposers_ptr",
+        "own_scores_proposer_stride",
+        "merged_stride",
+        "num_merged_ptr",
+        "offering_ptr",
+        "token_ids_stride",
+        "num_emitted_ptr",
+        "num_proposers",
+        slots_ptr=slots,
+        own_scores_ptr="*fp32",
+        token_ids_ptr=tokens,
+        num_tokens_ptr=tokens,
+        right_ptr="*fp32",
+        known_ptr="*fp32",
+        BLOCK_NODES=block_nodes,
+        num_warps=1,
+    )
+
+
+def merge_candidates(
+    block_candidates: int, block_nodes: int, slots: str = "*i64"
+) -> Arguments:
     return int32_arguments(
         "token_ids_ptr",
-        "token_ids_proposer_stride",
-        "token_ids_req_stride",
         "parents_ptr",
-        "parents_proposer_stride",
-        "parents_req_stride",
-        "scores_proposer_stride",
-        "scores_req_stride",
+        "candidates_proposer_stride",
+        "candidates_req_stride",
         "num_candidates_ptr",
         "num_candidates_stride",
         "merged_token_ids_ptr",
         "merged_parents_ptr",
         "merged_proposers_ptr",
+        "own_scores_proposer_stride",
         "merged_stride",
         "num_merged_ptr",
+        "offering_ptr",
         "num_proposers",
+        "max_num_merged",
+        slots_ptr=slots,
         scores_ptr="*fp32",
-        merged_scores_ptr="*fp32",
+        own_scores_ptr="*fp32",
         BLOCK_CANDIDATES=block_candidates,
+        BLOCK_NODES=block_nodes,
+        num_warps=1,
+    )
+
+
+def rate_candidates(
+    block_nodes: int, slots: str = "*i64", is_drawn: str | None = None
+) -> Arguments:
+    return int32_arguments(
+        "proposers_ptr",
+        "own_scores_proposer_stride",
+        "merged_stride",
+        "num_merged_ptr",
+        "offering_ptr",
+        "num_proposers",
+        slots_ptr=slots,
+        own_scores_ptr="*fp32",
+        scores_ptr="*fp32",
+        knots_ptr="*fp32",
+        is_drawn_ptr=is_drawn,
         BLOCK_NODES=block_nodes,
     )
 
@@ -225,40 +292,20 @@ def select_nodes(
         "proposers_ptr",
         "candidates_stride",
         "num_candidates_ptr",
-        "budgets_ptr",
+        "max_nodes_ptr",
+        "num_sampled_ptr",
+        "num_nodes",
         "tree_token_ids_ptr",
         "tree_parents_ptr",
         "tree_proposers_ptr",
         "tree_stride",
         "tree_num_nodes_ptr",
-        "draft_tokens_stride",
         "max_num_drafts",
         scores_ptr="*fp32",
         chain_only_ptr=chain_only,
         draft_tokens_ptr="*i64",
         BLOCK_CANDIDATES=block_candidates,
         BLOCK_DRAFTS=block_drafts,
-    )
-
-
-def label_candidates(block_candidates: int, emitted: str = "*i64") -> Arguments:
-    return int32_arguments(
-        "token_ids_ptr",
-        "token_ids_proposer_stride",
-        "token_ids_row_stride",
-        "parents_ptr",
-        "parents_proposer_stride",
-        "parents_row_stride",
-        "num_candidates_ptr",
-        "num_candidates_stride",
-        "emitted_stride",
-        "num_emitted_ptr",
-        "labels_proposer_stride",
-        "labels_row_stride",
-        "max_num_candidates",
-        emitted_ptr=emitted,
-        labels_ptr="*i8",
-        BLOCK_CANDIDATES=block_candidates,
     )
 
 
@@ -420,14 +467,27 @@ SIGNATURES: dict[str, Arguments] = {
     "walk_traversal:_walk_traversal_kernel small vocabulary": walk_drawn(
         64, 512, "*fp32"
     ),
+    "count_step:_count_step_kernel": count_step(64),
+    "count_step:_count_step_kernel short slots": count_step(32, "*i32"),
+    "count_step:_count_step_kernel 1025 nodes": count_step(2048),
+    "tally_candidates:_tally_candidates_kernel": tally_candidates(64),
+    "tally_candidates:_tally_candidates_kernel long ids": tally_candidates(
+        32, "*i32", "*i64"
+    ),
+    "tally_candidates:_tally_candidates_kernel 512 nodes": tally_candidates(512),
     "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
+    "merge_candidates:_merge_candidates_kernel short slots": merge_candidates(
+        8, 16, "*i32"
+    ),
     "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
+    "rate_candidates:_rate_candidates_kernel": rate_candidates(64),
+    "rate_candidates:_rate_candidates_kernel drawn": rate_candidates(
+        64, is_drawn="*i1"
+    ),
+    "rate_candidates:_rate_candidates_kernel 512 nodes": rate_candidates(512, "*i32"),
     "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
     "select_nodes:_select_nodes_kernel int flags": select_nodes(64, 1, "*i32"),
     "select_nodes:_select_nodes_kernel 512 nodes": select_nodes(512, 1024),
-    "label_candidates:_label_candidates_kernel": label_candidates(64),
-    "label_candidates:_label_candidates_kernel short ids": label_candidates(32, "*i32"),
-    "label_candidates:_label_candidates_kernel 512 nodes": label_candidates(512),
     "perturb_logits:_perturb_logits_kernel": perturb_logits(),
     "perturb_logits:_perturb_logits_kernel bf16": perturb_logits("*bf16"),
 }

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 SHARED_MEMORY = {80: 166912, 90: 232448}
 # Of a multiprocessor; every program takes 1 KiB of shared memory more than it asks for.
 NUM_REGISTERS, MAX_THREADS, RESERVED_SHARED = 65536, 2048, 1024
+MAX_PROGRAMS = 32
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -37,6 +38,7 @@ class Compiled(NamedTuple):
             NUM_REGISTERS // registers,
             (SHARED_MEMORY[arch] + RESERVED_SHARED) // shared,
             MAX_THREADS // threads,
+            MAX_PROGRAMS,
         )
 
 

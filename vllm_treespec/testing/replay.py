@@ -251,8 +251,8 @@ class Drafter(Protocol):
 
     def draft(self, rows: torch.Tensor, roots: torch.Tensor) -> Trees: ...
 
-    def learn(self, emitted: torch.Tensor, num_emitted: torch.Tensor) -> None:
-        """See ``TreeBuilder.learn``; the rows are those of the last ``draft``."""
+    def learn(self, num_emitted: torch.Tensor) -> None:
+        """So many tokens ``[num_rows]`` int64 were said after the last roots."""
 
 
 class Alone:
@@ -276,8 +276,8 @@ class Alone:
             mine.num_candidates[:num_rows],
         )
 
-    def learn(self, emitted: torch.Tensor, num_emitted: torch.Tensor) -> None:
-        self._source.learn(*self._drafted, num_emitted.long())
+    def learn(self, num_emitted: torch.Tensor) -> None:
+        self._source.learn(*self._drafted, num_emitted)
 
 
 class Merged:
@@ -298,8 +298,12 @@ class Merged:
             num_proposers=len(sources),
             max_candidates=num_nodes,
         )
+        self._max_nodes = torch.full((max_num_reqs,), num_nodes, dtype=torch.int32)
+        self._chain_only = torch.zeros_like(self._max_nodes)
 
     def start(self, texts: Texts) -> None:
+        self._token_ids = texts.token_ids
+        self._num_tokens = torch.zeros(len(texts.token_ids), dtype=torch.int64)
         for source in self._sources:
             source.start(texts)
 
@@ -308,18 +312,25 @@ class Merged:
             source.propose(rows, roots, self._builder.candidates.of(proposer))
         self._drafted = rows, roots
         trees = self._trees
-        budgets = torch.full((len(rows),), trees.parents.shape[1] - 1).int()
-        self._builder.build(rows, budgets, torch.zeros_like(budgets))
+        self._builder.build(
+            rows,
+            torch.ones_like(rows),
+            self._max_nodes,
+            self._chain_only,
+            num_nodes=trees.parents.shape[1] - 1,
+        )
         return Trees(
             trees.token_ids[rows, 1:],
             trees.parents[rows, 1:] - 1,
             trees.num_nodes[rows] - 1,
         )
 
-    def learn(self, emitted: torch.Tensor, num_emitted: torch.Tensor) -> None:
-        self._builder.learn(emitted, num_emitted)
+    def learn(self, num_emitted: torch.Tensor) -> None:
+        rows, roots = self._drafted
+        self._num_tokens[rows] = roots + 1 + num_emitted
+        self._builder.learn(rows, num_emitted, self._token_ids, self._num_tokens)
         for source in self._sources:
-            source.learn(*self._drafted, num_emitted.long())
+            source.learn(rows, roots, num_emitted)
 
 
 class Outcome(NamedTuple):
@@ -369,7 +380,7 @@ def replay(texts: Texts, drafter: Drafter) -> Outcome:
         trees = drafter.draft(rows, known - 1)
         said = texts.token_ids[rows[:, None], known[:, None] + ahead]
         num_emitted = accepted(trees, said[:, :-1]) + 1
-        drafter.learn(said, num_emitted.int())
+        drafter.learn(num_emitted)
         num_known[rows] += num_emitted
         num_steps[rows] += 1
     num_tokens = num_known - texts.prompt_len - 1
