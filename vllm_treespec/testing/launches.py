@@ -78,7 +78,11 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             result = func.decompose(*args, **named)
         if result is not NotImplemented:
             return result
-        name = func.overloadpacket.__name__
-        if not (self._in_kernel or func.is_view or name in IDLE):
-            self._add(name)
+        if not self._in_kernel:
+            self._see(func, args, named)
         return func(*args, **named)
+
+    def _see(self, func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> None:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in IDLE:
+            self._add(name)

@@ -6,32 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_treespec.testing.launches import Launches
 
 # Sizes or values that only the device knows.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal")
 
 
-class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class NoSync(Launches):
     """Refuses operations that wait for the device: ``with NoSync(): ...``.
 
     A stand-in for ``torch.cuda.set_sync_debug_mode``: it does not see copies to the
-    host, which on a CPU are none, so what it guards must not make any.
+    host, which on a CPU are none, so what it guards must not make any. What happens
+    inside the functions of a wrapped ``KernelSet`` is the device's own affair.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self.num_calls = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def _see(self, func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> None:
         self.num_calls += 1
-        name, named = str(func), dict(kwargs or {})
+        name = str(func)
         waits = any(each in name for each in WAITING)
         if name.startswith(("aten.index.", "aten.index_put")):
             masks = (torch.bool, torch.uint8)
@@ -40,4 +36,3 @@ class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             waits |= named.get("output_size") is None
         if waits:
             raise AssertionError(f"{name} waits for the device")
-        return func(*args, **named)
