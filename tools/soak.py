@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from vllm_treespec.testing.servers import Scrape, launched, serving
-from vllm_treespec.testing.soak import Soak, references
+from vllm_treespec.testing.soak import Soak, references, warm_up
 from vllm_treespec.testing.soak_report import print_report, problems, wait_until_idle
 from vllm_treespec.testing.soak_requests import make_requests
 
@@ -40,10 +40,11 @@ TREE = {
     },
 }
 # As on a GPU, tokens are scheduled ahead of time. Four requests do not fit into 9 blocks.
+MAX_NUM_ROWS = 128
 CRAMPED = (
     *("--async-scheduling", "--additional-config", '{"treespec_cpu_host_async": true}'),
     *("--block-size", "32", "--num-gpu-blocks-override", "10"),
-    *("--max-num-seqs", "4", "--max-num-batched-tokens", "128"),
+    *("--max-num-seqs", "4", "--max-num-batched-tokens", str(MAX_NUM_ROWS)),
 )
 
 
@@ -56,6 +57,7 @@ def main() -> int:
         with serving(target, None, LOGS / "plain.log") as plain:
             answers = asyncio.run(references(plain, requests))
         server.wait_until_ready()
+        asyncio.run(warm_up(server, MAX_NUM_ROWS))
         soak = Soak(server, requests, answers, options.seed)
         record = asyncio.run(
             soak.run(options.seconds, 2 * CACHED_TOKENS, options.concurrency)

@@ -15,7 +15,7 @@ from vllm_treespec.testing.soak import Record, Tally
 WARM_UP = 0.5  # of the time; memory is not judged before
 # Each kind of request costs memory when it comes first, so short soaks see growth.
 MIN_SECONDS_TO_JUDGE = 300.0
-MAX_GROWTH_MB_PER_MIN = 6.0
+MAX_GROWTH_MB_PER_MIN = 2.0
 
 
 class KindRow(NamedTuple):
