@@ -13,7 +13,7 @@ from vllm_treespec.testing.launches import Launches
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal")
 
 
-class NoSync(Launches):
+class NoSync(Launches):  # type: ignore[no-untyped-call]  # torch's
     """Refuses operations that wait for the device: ``with NoSync(): ...``.
 
     A stand-in for ``torch.cuda.set_sync_debug_mode``: it does not see copies to the
