@@ -4,7 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_treespec.kernels.voices import of_parents
+
 MAX_PROPOSERS = 31  # one bit per proposer, and the sign left alone
+MIN_BLOCK = 32
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def _merge_candidates_kernel(
     own_scores_proposer_stride,
     merged_stride,
     num_merged_ptr,
-    offering_ptr,
+    sibling_bits_ptr,
     num_proposers,
     max_num_merged,
     BLOCK_CANDIDATES: tl.constexpr,
@@ -44,13 +47,15 @@ def _merge_candidates_kernel(
     merged_parents = tl.full([BLOCK_NODES], 0, tl.int32)
     merged_proposers = tl.full([BLOCK_NODES], 0, tl.int32)
     num_merged = tl.full((), 0, tl.int32)
-    offering = tl.full((), 0, tl.int32)
+    child_bits = tl.full([BLOCK_NODES], 0, tl.int32)
+    root_bits = tl.full((), 0, tl.int32)
     for proposer in range(num_proposers):
         own_scores = tl.full([BLOCK_NODES], float("-inf"), tl.float32)
         # candidate -> its node, plus 1: parent -1 finds nothing, sums to 0, is node -1
         node_of = tl.full([BLOCK_CANDIDATES], 0, tl.int32)
         num_candidates = tl.load(num_candidates_ptr)
-        offering |= (num_candidates > 0).to(tl.int32) << proposer
+        # parents precede children, so the first candidate is a child of the root
+        root_bits |= (num_candidates > 0).to(tl.int32) << proposer
         for candidate in range(num_candidates):
             token_id = tl.load(token_ids_ptr + candidate)
             parent = tl.load(parents_ptr + candidate)
@@ -66,6 +71,7 @@ def _merge_candidates_kernel(
             merged_token_ids = tl.where(is_node, token_id, merged_token_ids)
             merged_parents = tl.where(is_node, parent_node, merged_parents)
             merged_proposers |= tl.where(is_node, 1 << proposer, 0)
+            child_bits |= tl.where(nodes == parent_node, 1 << proposer, 0)
             # not tl.maximum: a NaN compares false, so it counts as -inf
             is_better = is_node & (score > own_scores)
             own_scores = tl.where(is_better, score, own_scores)
@@ -83,7 +89,8 @@ def _merge_candidates_kernel(
     tl.store(merged_parents_ptr + offsets, merged_parents, mask=is_merged)
     tl.store(merged_proposers_ptr + offsets, merged_proposers, mask=is_merged)
     tl.store(num_merged_ptr + slot, num_merged)
-    tl.store(offering_ptr + slot, offering)
+    sibling_bits = of_parents(child_bits, merged_parents, root_bits)
+    tl.store(sibling_bits_ptr + offsets, sibling_bits, mask=is_merged)
 
 
 def merge_candidates(
@@ -99,7 +106,8 @@ def merge_candidates(
     own_scores: torch.Tensor,  # out [num_proposers, max_num_reqs, max_num_merged]
     # float32, -inf: it did not propose this
     num_merged: torch.Tensor,  # out [max_num_reqs] int32
-    offering: torch.Tensor,  # out [max_num_reqs] int32, bit per proposer with candidates
+    sibling_bits: torch.Tensor,  # out [max_num_reqs, max_num_merged] int32, bit per
+    # proposer of the node or of another child of its parent
 ) -> None:
     """Unite the proposers' trees: one node per distinct path of tokens from the root.
 
@@ -109,7 +117,13 @@ def merge_candidates(
     """
     num_proposers, num_reqs, max_num_candidates = token_ids.shape
     candidates = (token_ids, parents, scores)
-    merged = (merged_token_ids, merged_parents, merged_proposers, own_scores[0])
+    merged = (
+        merged_token_ids,
+        merged_parents,
+        merged_proposers,
+        own_scores[0],
+        sibling_bits,
+    )
     if not 1 <= num_proposers <= MAX_PROPOSERS:
         raise ValueError(f"{num_proposers} proposers, must be in [1, {MAX_PROPOSERS}]")
     if num_candidates.shape != (num_proposers, num_reqs):
@@ -136,7 +150,7 @@ def merge_candidates(
             raise ValueError(f"{names} must have one shape and one stride: {layouts}")
     if slots.shape[0] != num_reqs:
         raise ValueError(f"{slots.shape[0]} slots for {num_reqs} requests")
-    vectors = (slots, num_candidates, num_merged, offering)
+    vectors = (slots, num_candidates, num_merged)
     if any(
         t.shape[-1] > 1 and t.stride(-1) != 1 for t in (*vectors, *candidates, *merged)
     ):
@@ -155,10 +169,10 @@ def merge_candidates(
         own_scores.stride(0),
         merged_token_ids.stride(0),
         num_merged,
-        offering,
+        sibling_bits,
         num_proposers,
         max_num_merged,
         BLOCK_CANDIDATES=triton.next_power_of_2(max(max_num_candidates, 1)),
-        BLOCK_NODES=triton.next_power_of_2(max_num_merged),
+        BLOCK_NODES=max(triton.next_power_of_2(max_num_merged), MIN_BLOCK),
         num_warps=1,  # two reductions per candidate: within a warp they need no barrier
     )

@@ -14,7 +14,7 @@ def merge_candidates(
     merged_proposers: torch.Tensor,
     own_scores: torch.Tensor,
     num_merged: torch.Tensor,
-    offering: torch.Tensor,
+    sibling_bits: torch.Tensor,
 ) -> None:
     for req, slot in enumerate(slots.tolist()):
         node_of_edge: dict[tuple[int, int], int] = {}  # (parent node, token) -> node
@@ -38,8 +38,8 @@ def merge_candidates(
 
         size = len(node_of_edge)
         num_merged[slot] = size
-        offering[slot] = sum((num > 0) << place for place, num in enumerate(counts))
         own_scores[:, slot] = -math.inf
+        child_bits: dict[int, int] = {}  # parent node -> bit per proposer
         if size:
             edges = torch.tensor(list(node_of_edge))
             merged_parents[slot, :size] = edges[:, 0]
@@ -49,3 +49,7 @@ def merge_candidates(
             for node, score in best.items():
                 own_scores[proposer, slot, node] = score
                 merged_proposers[slot, node] |= 1 << proposer
+                parent = int(merged_parents[slot, node])
+                child_bits[parent] = child_bits.get(parent, 0) | 1 << proposer
+        for node in range(size):
+            sibling_bits[slot, node] = child_bits[int(merged_parents[slot, node])]

@@ -1,6 +1,6 @@
 import torch
 
-from vllm_treespec.kernels.reference.calibration import bins_of, company_rows
+from vllm_treespec.kernels.reference.voices import Voices, listen, mix
 
 RIGHT, UNKNOWN = 1, -1
 
@@ -12,42 +12,68 @@ def tally_candidates(
     proposers: torch.Tensor,
     own_scores: torch.Tensor,
     num_merged: torch.Tensor,
-    offering: torch.Tensor,
+    sibling_bits: torch.Tensor,
+    slopes: torch.Tensor,
+    offsets: torch.Tensor,
     token_ids: torch.Tensor,
     num_tokens: torch.Tensor,
     num_emitted: torch.Tensor,
-    right: torch.Tensor,
-    known: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
     for row, slot in enumerate(slots.tolist()):
         num, end = int(num_merged[slot]), int(num_tokens[slot])
         said = token_ids[slot, end - int(num_emitted[row]) : end].tolist()
-        labels = torch.tensor(
-            _label_tree(
-                merged_token_ids[slot, :num].tolist(),
-                merged_parents[slot, :num].tolist(),
-                said,
-            ),
-            device=right.device,
+        parents = merged_parents[slot, :num]
+        labels = _label_children(
+            merged_token_ids[slot, :num].tolist(), parents.tolist(), said
         )
-        bits = proposers[slot, None, :num]
-        for proposer, scores in enumerate(own_scores[:, slot, :num]):
-            rows = company_rows(bits, proposer, offering[slot, None])[0]
-            bins = bins_of(scores)
-            for counts, counted in ((right, labels == RIGHT), (known, labels >= 0)):
-                is_counted = (counted & scores.isfinite()).float()
-                counts.index_put_((rows, bins), is_counted, accumulate=True)
+        voices = listen(
+            parents[None],
+            proposers[slot, None, :num],
+            own_scores[:, slot, None, :num],
+            sibling_bits[slot, None, :num],
+        )
+        sums[row] = sum_voices(
+            voices, slopes, offsets, torch.tensor([labels], device=sums.device)
+        )
 
 
-def _label_tree(token_ids: list[int], parents: list[int], said: list[int]) -> list[int]:
+def sum_voices(
+    said: Voices,
+    slopes: torch.Tensor,  # [num_voices] float32
+    offsets: torch.Tensor,  # [num_voices] float32
+    labels: torch.Tensor,  # [num_rows, num_nodes] int, 1 right, 0 wrong, -1 unknown
+) -> torch.Tensor:  # [num_voices, NUM_SUMS] float32
+    """Per voice: children, the loss's gradient and its curvature.
+
+    Those who speak of a child share its error. As each has ``1 / number`` of a say,
+    steps that they take at the same time do not add up to too long a one.
+    """
+    number = said.speaks.sum(0)
+    is_known = (labels >= 0) & (number > 0)
+    share = torch.where(is_known, 1 / number, 0.0)
+    rates = mix(said, slopes, offsets).sigmoid()
+    error = torch.where(is_known, rates - labels, 0.0) * share
+    bend = torch.where(is_known, rates * (1 - rates), 0.0) * share
+    odds = said.odds
+    parts = (is_known, odds * error, error, odds * odds * bend, odds * bend, bend)
+    columns = [
+        torch.where(said.speaks, part, 0.0).expand(odds.shape).flatten()
+        for part in parts
+    ]
+    found = slopes.new_zeros(len(slopes), len(columns))
+    return found.index_add_(0, said.voices.flatten(), torch.stack(columns, 1))
+
+
+def _label_children(
+    token_ids: list[int], parents: list[int], said: list[int]
+) -> list[int]:
+    """Of nodes whose parents are right; of others nothing is known."""
     depths: list[int] = []
     labels: list[int] = []
     for token_id, parent in zip(token_ids, parents, strict=True):
         depth = depths[parent] + 1 if parent >= 0 else 1
-        label = labels[parent] if parent >= 0 else RIGHT
-        # a wrong turn stays one, and so does the end of what is known
-        if label == RIGHT:
-            label = int(token_id == said[depth - 1]) if depth <= len(said) else UNKNOWN
+        is_known = (parent < 0 or labels[parent] == RIGHT) and depth <= len(said)
         depths.append(depth)
-        labels.append(label)
+        labels.append(int(token_id == said[depth - 1]) if is_known else UNKNOWN)
     return labels

@@ -82,7 +82,7 @@ def test_two_proposers_share_nodes_and_each_node_remembers_both():
     trees, slots, drafts = build([first, second])
     slot = slots[0]
     assert trees.num_nodes[slot] == 5
-    # 7 (.67, the mean of two logs), 7 8 (.81), 7 9 (.4), 3 (.1): best first
+    # 7 (.86, the mean of both), 7 8 (.46), 7 9 (.35), 3 (.08): best first
     assert drafts[0, :4].tolist() == [7, 8, 9, 3]
     assert trees.parents[slot, :5].tolist() == [-1, 0, 1, 1, 0]
     assert trees.proposers[slot, :5].tolist() == [0, 0b11, 0b01, 0b10, 0b10]
@@ -92,7 +92,7 @@ def test_two_proposers_share_nodes_and_each_node_remembers_both():
 
 def test_a_path_that_two_propose_gets_the_mean_of_what_they_make_of_it():
     first = candidates([(7, -1, 0.95), (3, -1, 0.6)])
-    second = candidates([(7, -1, 0.1)])  # together .31
+    second = candidates([(7, -1, 0.001)])  # together .1, and 3 alone .28
     _, _, drafts = build([first, second])
     assert drafts[0, :2].tolist() == [3, 7]
 
@@ -206,22 +206,27 @@ def builder_of_one():
     return builder
 
 
+def num_known(builder):
+    """Children that taught something."""
+    return builder._mixture.memory[:, 0].sum()
+
+
 def test_nothing_is_learned_for_a_request_that_took_the_slot():
     builder, slots = builder_of_one(), torch.tensor([4, 1])
     build_all(builder, slots, num_nodes=8)
     builder.reset(4)
     assert builder._trees.num_nodes[slots].tolist() == [1, 2]
     learn(builder, slots, [[2], [2]])
-    assert builder._calibration.known.sum() == 1
+    assert num_known(builder) == 1
 
 
 def test_nothing_is_learned_where_nothing_was_said():
     builder, slots = builder_of_one(), torch.tensor([4, 1])
     build_all(builder, slots, num_nodes=8)
     learn(builder, slots, [[], []])
-    assert builder._calibration.known.sum() == 0
+    assert num_known(builder) == 0
     learn(builder, slots, [[1], []])
-    assert builder._calibration.known.sum() == builder._calibration.right.sum() == 1
+    assert num_known(builder) == 1
 
 
 def test_drawn_candidates_come_first_and_teach_nothing():
@@ -239,7 +244,59 @@ def test_drawn_candidates_come_first_and_teach_nothing():
     )
     assert drafts[:, :2].tolist() == [[1, 2], [2, 1]]
     learn(builder, slots, [[3], [3]])
-    assert builder._calibration.known.sum() == 2  # those of the other row
+    assert num_known(builder) == 2  # those of the other row
+
+
+def taught(proposals, said, is_drawn=None):
+    """By voice, how many children taught it something."""
+    trees = TreeBuffers.allocate(6, 9, CPU)
+    builder = TreeBuilder(
+        KERNELS, trees, num_proposers=len(proposals), max_candidates=8
+    )
+    for proposer, proposal in enumerate(proposals):
+        builder.upload(proposer, proposal)
+    slots, eight = torch.tensor([4]), torch.full((6,), 8).int()
+    builder.build(
+        slots,
+        torch.ones_like(slots),
+        eight,
+        torch.zeros_like(eight),
+        num_nodes=8,
+        is_drawn=is_drawn,
+    )
+    learn(builder, slots, [said])
+    return builder._mixture.memory[:, 0].int().tolist()
+
+
+def test_children_of_a_wrong_turn_teach_nothing():
+    first = candidates([(1, -1, 0.6), (2, -1, 0.4), (3, 0, 0.5), (4, 1, 0.5)])
+    assert taught([first], [2, 5]) == [3, 0, 0]  # all but the child of 1
+
+
+def test_company_is_what_others_propose_at_the_same_node():
+    first = candidates([(1, -1, 0.6), (2, 0, 0.4), (3, 1, 0.5)])
+    second = candidates([(1, -1, 0.6), (4, 0, 0.4)])
+    # Nobody else at 1 2 3; another at 1 2 and 1 4; both at 1.
+    assert taught([first, second], [1, 2, 9]) == [1, 1, 1, 0, 1, 1]
+
+
+def test_who_drew_its_candidates_says_nothing_of_them():
+    both = candidates([(1, -1, 0.6), (2, 0, 0.4)])
+    found = taught([both, both], [1, 2], torch.tensor([True]))
+    assert found == [0, 0, 0, 0, 0, 2]
+
+
+def test_a_proposer_that_is_never_right_loses_its_say():
+    trees = TreeBuffers.allocate(6, 3, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=2, max_candidates=8)
+    builder.upload(0, candidates([(1, -1, 0.9), (2, -1, 0.05)]))
+    builder.upload(1, candidates([(3, -1, 0.3), (4, -1, 0.2)]))
+    slots = torch.tensor([4])
+    assert build_all(builder, slots, num_nodes=2)[0, 0] == 1
+    for _ in range(20):
+        learn(builder, slots, [[3]])
+        drafts = build_all(builder, slots, num_nodes=2)
+    assert drafts[0, 0] == 3
 
 
 def test_history_grows_by_what_was_sampled_and_never_past_its_end():

@@ -1,8 +1,13 @@
 import pytest
 import torch
 
-from vllm_treespec.core.calibrate import MEMORY, REFIT_EVERY, Calibration
-from vllm_treespec.kernels.bins import BIN_WIDTH, NUM_BINS
+from vllm_treespec.core.calibrate import (
+    BIN_WIDTH,
+    MEMORY,
+    NUM_BINS,
+    REFIT_EVERY,
+    Calibration,
+)
 
 CPU = torch.device("cpu")
 
@@ -59,12 +64,12 @@ def test_the_fit_is_the_isotonic_regression():
     """Against pool-adjacent-violators, block by block."""
     calibration = Calibration(1, CPU)
     generator = torch.Generator().manual_seed(3)
-    calibration.known += torch.randint(0, 200, (1, NUM_BINS), generator=generator)
-    calibration.right += calibration.known * torch.rand(
+    calibration._known += torch.randint(0, 200, (1, NUM_BINS), generator=generator)
+    calibration._right += calibration._known * torch.rand(
         1, NUM_BINS, generator=generator
     )
-    weights = (calibration.known + 16).squeeze(0).tolist()
-    sums = (calibration.right + 16 * calibration._centres.exp()).squeeze(0).tolist()
+    weights = (calibration._known + 16).squeeze(0).tolist()
+    sums = (calibration._right + 16 * calibration._centres.exp()).squeeze(0).tolist()
     blocks = []
     for weight, total in zip(weights, sums, strict=True):
         blocks.append([weight, total, 1])

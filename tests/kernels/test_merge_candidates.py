@@ -34,7 +34,7 @@ class Merged(NamedTuple):
     proposers: torch.Tensor
     own_scores: torch.Tensor
     num_merged: torch.Tensor
-    offering: torch.Tensor
+    sibling_bits: torch.Tensor
 
 
 def outputs(num_proposers: int, max_num_merged: int, device: torch.device) -> Merged:
@@ -45,7 +45,7 @@ def outputs(num_proposers: int, max_num_merged: int, device: torch.device) -> Me
         column.clone(),
         column.float().repeat(num_proposers, 1, 1),
         column[:, 0].clone(),
-        column[:, 0].clone(),
+        column.clone(),
     )
 
 
@@ -218,7 +218,7 @@ def test_no_candidates_are_no_nodes(device: torch.device):
     merged = outputs(2, 8, device)
     merge_candidates(*candidates, *merged)
     assert merged.num_merged.tolist() == [STALE] * 4 + [0]
-    assert merged.offering.tolist() == [STALE] * 4 + [0]
+    assert (merged.sibling_bits == STALE).all()
     assert (merged.token_ids == STALE).all()
     assert (merged.own_scores[:, 4] == -INF).all()
 
@@ -241,17 +241,50 @@ def test_everyone_keeps_a_score_of_its_own(device: torch.device):
     ]
 
 
-def test_who_offers_nothing_is_told_from_who_does(device: torch.device):
-    candidates = random_candidates(3, 3, 4, vocab_size=2, device=device)
-    candidates.num_candidates.copy_(torch.tensor([[1, 0, 4], [0, 0, 2], [3, 1, 0]]))
-    merged = outputs(3, 12, device)
-    merge_candidates(*candidates, *merged)
-    assert merged.offering[candidates.slots].tolist() == [0b101, 0b100, 0b011]
+def test_siblings_are_known_by_who_proposes_any(device: torch.device):
+    # 0:  5 -- 6 -- 8      1:  5 -- 7      2:  5      3: nothing
+    #                           \- 9          9
+    trees: list[Tree] = [
+        [(5, -1, -1.0), (6, 0, -1.0), (8, 1, -1.0)],
+        [(5, -1, -1.0), (7, 0, -1.0), (9, 0, NAN)],
+        [(5, -1, -1.0), (9, -1, -1.0)],
+        [],
+    ]
+    assert siblings_of(trees, device) == {
+        (5,): 0b111,
+        (9,): 0b111,
+        (5, 6): 0b011,
+        (5, 7): 0b011,
+        (5, 9): 0b011,
+        (5, 6, 8): 0b001,
+    }
+
+
+def siblings_of(trees: list[Tree], device: torch.device) -> dict[Path, int]:
+    size = max(map(len, trees))
+    padded = [tree + [(STALE, STALE, NAN)] * (size - len(tree)) for tree in trees]
+    token_ids, parents, scores = torch.tensor(padded).permute(2, 0, 1).contiguous()
+    merged = outputs(len(trees), len(trees) * size, device)
+    merge_candidates(
+        torch.tensor([3], device=device),
+        token_ids.int()[:, None].to(device),
+        parents.int()[:, None].to(device),
+        scores[:, None].to(device),
+        torch.tensor([[len(tree)] for tree in trees], device=device).int(),
+        *merged,
+    )
+    token_ids, parents, *_ = columns_of(merged, 3)
+    bits = merged.sibling_bits[3, : len(parents)].tolist()
+    return dict(zip(paths(token_ids, parents), bits, strict=True))
 
 
 def test_thirty_one_proposers_have_a_bit_each(device: torch.device):
     nodes = merge_trees([[(5, -1, -1.0)] for _ in range(31)], device)
     assert nodes == [(5, -1, -1.0, (1 << 31) - 1)]
+
+
+def narrowed(merged: Merged) -> Merged:
+    return Merged(*(out[..., :14] if out.ndim > 1 else out for out in merged))
 
 
 def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
@@ -266,8 +299,8 @@ def test_reads_and_writes_views_of_wider_buffers(device: torch.device):
     for view, tensor in zip(candidates, narrow, strict=True):
         view.copy_(tensor.clone())
     buffer, expected = outputs(2, 30, device), outputs(2, 30, device)
-    merge_candidates(*candidates, *(out[..., :14] for out in buffer[:4]), *buffer[4:])
-    reference(*candidates, *(out[..., :14] for out in expected[:4]), *expected[4:])
+    merge_candidates(*candidates, *narrowed(buffer))
+    reference(*candidates, *narrowed(expected))
     torch.testing.assert_close(tuple(buffer), tuple(expected), rtol=0, atol=0)
 
 

@@ -1,7 +1,5 @@
-"""kernels/tally_candidates.py against its reference and against sets of paths."""
+"""kernels/tally_candidates.py against its reference and against paths and derivatives."""
 
-import math
-from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -9,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_treespec.kernels.bins import BIN_WIDTH, NUM_BINS, NUM_COMPANIES
+from vllm_treespec.kernels.bins import NUM_COMPANIES
+from vllm_treespec.kernels.mixing import NUM_SUMS
 from vllm_treespec.kernels.reference.tally_candidates import (
     tally_candidates as reference,
 )
+from vllm_treespec.kernels.reference.voices import listen
 from vllm_treespec.kernels.tally_candidates import tally_candidates
 from vllm_treespec.testing.trees import chain_parents, random_parents
 
@@ -28,7 +28,9 @@ class Inputs(NamedTuple):
     proposers: torch.Tensor
     own_scores: torch.Tensor
     num_merged: torch.Tensor
-    offering: torch.Tensor
+    sibling_bits: torch.Tensor
+    slopes: torch.Tensor
+    offsets: torch.Tensor
     token_ids: torch.Tensor
     num_tokens: torch.Tensor
     num_emitted: torch.Tensor
@@ -38,12 +40,9 @@ def int32(values: object, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def empty_counts(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """What was counted before stays, so it is no integer and differs by bin."""
-    rows = inputs.own_scores.shape[0] * NUM_COMPANIES
-    before = torch.arange(rows * NUM_BINS, device=inputs.slots.device) + 0.5
-    right = before.float().view(rows, NUM_BINS)
-    return right, right + 1000
+def empty_sums(inputs: Inputs) -> torch.Tensor:
+    shape = (len(inputs.slots), len(inputs.slopes), NUM_SUMS)
+    return torch.full(shape, NAN, device=inputs.slots.device)
 
 
 def random_inputs(
@@ -71,12 +70,11 @@ def random_inputs(
     proposers = 1 + randint(everybody, *shape)
     scores = -14 * torch.rand(num_proposers, *shape, generator=gen)
     kind = torch.rand(scores.shape, generator=gen)
-    for bound, odd in ((0.04, NAN), (0.08, -INF), (0.1, INF), (0.14, 0.0), (0.16, 2.0)):
-        scores[(kind < bound) & (kind >= bound - 0.04)] = odd
+    for bound, odd in ((0.02, NAN), (0.04, -INF), (0.05, INF), (0.1, 0.0), (0.12, 2.0)):
+        scores[(kind < bound) & (kind >= bound - 0.02)] = odd
     own = 1 << torch.arange(num_proposers)[:, None, None]
     scores[(proposers & own) == 0] = -INF
-    offering = 1 + randint(everybody, MAX_NUM_REQS)
-    offering[::2] = 0  # as if each were alone
+    num_voices = num_proposers * NUM_COMPANIES
     inputs = Inputs(
         torch.tensor([5, 0, 3, 6]),
         randint(2, *shape),
@@ -84,7 +82,9 @@ def random_inputs(
         proposers,
         scores,
         num_merged,
-        offering,
+        proposers | randint(everybody + 1, *shape),
+        2 * torch.rand(num_voices, generator=gen),
+        torch.randn(num_voices, generator=gen),
         randint(2, MAX_NUM_REQS, MAX_NUM_TOKENS),
         max_num_emitted + 1 + randint(9, MAX_NUM_REQS),
         randint(max_num_emitted + 1, 4),
@@ -97,7 +97,6 @@ def expected_labels(inputs: Inputs, row: int) -> list[int]:
     slot = int(inputs.slots[row])
     end, num = int(inputs.num_tokens[slot]), int(inputs.num_merged[slot])
     said = inputs.token_ids[slot, end - int(inputs.num_emitted[row]) : end].tolist()
-    beginnings = [said[:length] for length in range(1, len(said) + 1)]
     paths: list[list[int]] = []
     for parent, token_id in zip(
         inputs.merged_parents[slot, :num].tolist(),
@@ -106,44 +105,55 @@ def expected_labels(inputs: Inputs, row: int) -> list[int]:
     ):
         paths.append([*(paths[parent] if parent >= 0 else []), token_id])
     return [
-        1 if path in beginnings else -1 if path[: len(said)] == said else 0
+        int(path == said[: len(path)])
+        if len(path) <= len(said) and path[:-1] == said[: len(path) - 1]
+        else -1
         for path in paths
     ]
 
 
-def expected_counts(inputs: Inputs) -> tuple[Counter, Counter]:
-    right, known = Counter(), Counter()
-    for row, slot in enumerate(inputs.slots.tolist()):
-        offering = int(inputs.offering[slot])
-        for node, label in enumerate(expected_labels(inputs, row)):
-            bits = int(inputs.proposers[slot, node])
-            for proposer, scores in enumerate(inputs.own_scores[:, slot, node]):
-                score, others = float(scores), ~(1 << proposer)
-                if label < 0 or not math.isfinite(score):
-                    continue
-                company = 2 if bits & others else 1 if offering & others else 0
-                place = min(max(int(-score // BIN_WIDTH), 0), NUM_BINS - 1)
-                known[proposer * NUM_COMPANIES + company, place] += 1
-                right[proposer * NUM_COMPANIES + company, place] += label
-    return +right, +known
-
-
-def added(counts: torch.Tensor, before: torch.Tensor) -> Counter:
-    """Row and bin -> what was added."""
-    found = (counts - before).cpu()
-    places = found.nonzero().tolist()
-    return Counter({(row, place): int(found[row, place]) for row, place in places})
+def expected_sums(inputs: Inputs, row: int) -> torch.Tensor:
+    """Derivatives of the log-loss, each child's shared by those who speak of it."""
+    slot, labels = int(inputs.slots[row]), expected_labels(inputs, row)
+    num, sums = len(labels), torch.zeros(len(inputs.slopes), NUM_SUMS).double()
+    said = listen(
+        inputs.merged_parents[slot, None, :num],
+        inputs.proposers[slot, None, :num],
+        inputs.own_scores[:, slot, None, :num],
+        inputs.sibling_bits[slot, None, :num],
+    )
+    for node, label in enumerate(labels):
+        speakers = said.speaks[:, 0, node].nonzero()[:, 0].tolist()
+        if label < 0 or not speakers:
+            continue
+        heard = [
+            (int(said.voices[each, 0, node]), float(said.odds[each, 0, node]))
+            for each in speakers
+        ]
+        mean = sum(
+            float(inputs.slopes[voice]) * odds + float(inputs.offsets[voice])
+            for voice, odds in heard
+        ) / len(heard)
+        odds = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
+        loss = -torch.nn.functional.logsigmoid(odds if label else -odds)
+        (slope,) = torch.autograd.grad(loss, odds, create_graph=True)
+        (bend,) = torch.autograd.grad(slope, odds)
+        error, bent = (float(each) / len(heard) for each in (slope.detach(), bend))
+        for voice, odds in heard:
+            sums[voice] += torch.tensor(
+                [1, odds * error, error, odds * odds * bent, odds * bent, bent]
+            )
+    return sums.float()
 
 
 def check(inputs: Inputs) -> None:
-    found, expected = empty_counts(inputs), empty_counts(inputs)
-    tally_candidates(*inputs, *found)
-    reference(*inputs, *expected)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    before = empty_counts(inputs)
-    new = tuple(map(added, found, before))
-    assert new == expected_counts(inputs)
+    found, expected = empty_sums(inputs), empty_sums(inputs)
+    tally_candidates(*inputs, found)
+    reference(*inputs, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for row, sums in enumerate(expected):
+        by_hand = expected_sums(inputs, row)
+        torch.testing.assert_close(sums.cpu(), by_hand, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_proposers", [1, 3])
@@ -161,8 +171,8 @@ def test_a_sweep_sees_every_label_and_company(device: torch.device):
     assert {-1, 0, 1} == {
         label for row in range(4) for label in expected_labels(inputs, row)
     }
-    _, known = expected_counts(inputs)
-    assert len({row for row, _ in known}) == 3 * NUM_COMPANIES
+    known = sum(expected_sums(inputs, row)[:, 0] for row in range(4))
+    assert (known > 0).all()
 
 
 @pytest.mark.parametrize("max_num_emitted", [1, 5, 300])
@@ -179,29 +189,33 @@ def test_chains_are_climbed_to_the_root(max_num_emitted: int, device: torch.devi
 def label_one(
     parents: list[int], token_ids: list[int], emitted: list[int], device: torch.device
 ) -> list[int]:
-    """The labels of one proposer's tree, told apart by a bin for each node. Past what
-    was emitted the text holds the same tokens again."""
+    """The labels of one proposer's tree, asked node by node: only the asked one has
+    company. Past what was emitted the text holds the same tokens again."""
     size = len(parents)
     text = torch.tensor([[77, *emitted, *token_ids]], device=device)
-    own_scores = -BIN_WIDTH * (torch.arange(size, device=device) + 0.5)
-    right, known = torch.zeros(2, NUM_COMPANIES, NUM_BINS, device=device)
-    tally_candidates(
-        int32([0], device),
-        int32([token_ids], device),
-        int32([parents], device),
-        int32([[1] * size], device),
-        own_scores[None, None],
-        int32([size], device),
-        int32([1], device),
-        text,
-        int32([1 + len(emitted)], device),
-        int32([len(emitted)], device),
-        right,
-        known,
-    )
-    assert not known[1:].any()
-    pairs = zip(right[0, :size].tolist(), known[0, :size].tolist(), strict=True)
-    return [int(right) if known else -1 for right, known in pairs]
+    scores = -0.3 * torch.arange(1, size + 1, device=device).view(1, 1, size)
+    corrections = torch.ones(2, NUM_COMPANIES, device=device)
+    labels = []
+    for node in range(size):
+        bits = [3 if other == node else 1 for other in range(size)]
+        sums = torch.full((1, NUM_COMPANIES, NUM_SUMS), NAN, device=device)
+        tally_candidates(
+            int32([0], device),
+            int32([token_ids], device),
+            int32([parents], device),
+            int32([bits], device),
+            scores,
+            int32([size], device),
+            int32([bits], device),
+            *corrections,
+            text,
+            int32([1 + len(emitted)], device),
+            int32([len(emitted)], device),
+            sums,
+        )
+        known, _, error, *_ = sums[0, 2].tolist()
+        labels.append(int(error < 0) if known else -1)
+    return labels
 
 
 # token ids:      root
@@ -218,19 +232,19 @@ TOKEN_IDS = [10, 20, 30, 40, 30, 60]
 @pytest.mark.parametrize(
     ("emitted", "labels"),
     [
-        ([10, 30, 60, 9], [1, 0, 1, 0, 0, 1]),
-        ([10, 30, 9], [1, 0, 1, 0, 0, 0]),
-        ([20, 30], [0, 1, 0, 0, 1, 0]),
+        ([10, 30, 60, 9], [1, 0, 1, 0, -1, 1]),
+        ([10, 30, 9], [1, 0, 1, 0, -1, 0]),
+        ([20, 30], [0, 1, -1, -1, 1, -1]),
         # 60 may yet come
-        ([10, 30], [1, 0, 1, 0, 0, -1]),
-        # so may 30 and 40 after 10, but nothing after 20
-        ([10], [1, 0, -1, -1, 0, -1]),
+        ([10, 30], [1, 0, 1, 0, -1, -1]),
+        # so may 30 and 40 after 10
+        ([10], [1, 0, -1, -1, -1, -1]),
         # right at its depth, but the way there was wrong
-        ([9, 30, 60], [0, 0, 0, 0, 0, 0]),
+        ([9, 30, 60], [0, 0, -1, -1, -1, -1]),
         ([], [-1, -1, -1, -1, -1, -1]),
     ],
 )
-def test_a_label_is_about_the_whole_path(
+def test_a_child_is_asked_about_where_the_path_to_it_was_right(
     emitted: list[int], labels: list[int], device: torch.device
 ):
     assert label_one(PARENTS, TOKEN_IDS, emitted, device) == labels
@@ -240,7 +254,7 @@ def test_a_chain_deeper_than_what_was_emitted_ends_unknown(device: torch.device)
     parents = chain_parents(1, 9)[0].tolist()
     tokens = list(range(50, 59))
     assert label_one(parents, tokens, [50, 51, 52], device) == [1] * 3 + [-1] * 6
-    assert label_one(parents, tokens, [50, 99, 52], device) == [1] + [0] * 8
+    assert label_one(parents, tokens, [50, 99, 52], device) == [1, 0] + [-1] * 7
 
 
 def test_two_siblings_of_one_token_are_both_right(device: torch.device):
@@ -254,7 +268,7 @@ def test_token_ids_are_compared_in_full(device: torch.device):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_any_tree_has_the_labels_of_its_paths(data: st.DataObject):
+def test_any_tree_teaches_what_its_paths_do(data: st.DataObject):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = data.draw(st.integers(1, 40))
     parents = [data.draw(st.integers(-1, node - 1)) for node in range(size)]
@@ -269,7 +283,9 @@ def test_any_tree_has_the_labels_of_its_paths(data: st.DataObject):
         one.expand(1, size).contiguous(),
         -0.3 * torch.arange(size).view(1, 1, size),
         int32([data.draw(st.integers(0, size))], device),
-        one[0],
+        one.expand(1, size).contiguous(),
+        torch.tensor([0.7, 1.2, 1.1]),
+        torch.tensor([0.3, -0.4, 0.2]),
         int32([[*emitted, *token_ids]], device),
         int32([len(emitted)], device),
         int32([len(emitted)], device),
@@ -277,7 +293,7 @@ def test_any_tree_has_the_labels_of_its_paths(data: st.DataObject):
     check(Inputs(*(tensor.to(device) for tensor in inputs)))
 
 
-def test_slots_do_not_mix_and_those_without_a_row_count_nothing(device: torch.device):
+def test_slots_do_not_mix_and_those_without_a_row_teach_nothing(device: torch.device):
     inputs = random_inputs(2, 33, device)
     for row in range(4):
         check(
@@ -292,13 +308,18 @@ def test_reads_views_of_wider_buffers(device: torch.device):
     narrow = random_inputs(2, 37, device)
     buffers = [
         torch.full((2 * MAX_NUM_REQS, 50), POISON, device=device).int()
-        for _ in range(3)
+        for _ in range(4)
     ]
     scores = torch.full((4, 2 * MAX_NUM_REQS, 50), NAN, device=device)
-    views = (*(buffer[::2, 5:42] for buffer in buffers), scores[::2, ::2, 5:42])
+    tokens, parents, bits, siblings = (buffer[::2, 5:42] for buffer in buffers)
     text = torch.full((MAX_NUM_REQS, MAX_NUM_TOKENS + 9), 1, device=device).int()
-    inputs = Inputs(
-        narrow.slots, *views, *narrow[5:7], text[:, :MAX_NUM_TOKENS], *narrow[8:]
+    inputs = narrow._replace(
+        merged_token_ids=tokens,
+        merged_parents=parents,
+        proposers=bits,
+        own_scores=scores[::2, ::2, 5:42],
+        sibling_bits=siblings,
+        token_ids=text[:, :MAX_NUM_TOKENS],
     )
     for view, tensor in zip(inputs, narrow, strict=True):
         view.copy_(tensor.clone())
@@ -310,7 +331,9 @@ def test_reads_views_of_wider_buffers(device: torch.device):
     [
         ("merged_parents", "one shape and one stride"),
         ("num_emitted", "num_emitted is shorter than 4 rows"),
-        ("offering", "num_merged and offering must have 7 slots"),
+        ("sibling_bits", "one shape and one stride"),
+        ("num_merged", "num_merged must have 7 slots"),
+        ("slopes", r"slopes \(5,\), expected contiguous \(6,\)"),
         ("num_tokens", "6 lengths of 7 texts"),
     ],
 )
@@ -318,11 +341,10 @@ def test_rejects_shapes_that_do_not_fit(name: str, message: str, device: torch.d
     inputs = random_inputs(2, 7, device)
     shorter = inputs._replace(**{name: getattr(inputs, name)[:-1]})
     with pytest.raises(ValueError, match=message):
-        tally_candidates(*shorter, *empty_counts(inputs))
+        tally_candidates(*shorter, empty_sums(inputs))
 
 
-def test_rejects_counts_of_other_companies(device: torch.device):
+def test_rejects_sums_of_other_companies(device: torch.device):
     inputs = random_inputs(2, 7, device)
-    right, known = empty_counts(inputs)
-    with pytest.raises(ValueError, match=r"known \(5, 48\)"):
-        tally_candidates(*inputs, right, known[:5])
+    with pytest.raises(ValueError, match=r"sums \(4, 5, 6\)"):
+        tally_candidates(*inputs, empty_sums(inputs)[:, :5])

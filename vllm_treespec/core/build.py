@@ -1,15 +1,14 @@
 """Build: which guesses are worth verifying?
 
 Candidates of all proposers become one tree per request, then the best ancestor-closed
-nodes are kept, best first. Scores are path log-probabilities, calibrated so that those
-of different proposers compare; they only fall along a path, so a global top-k is closed
+nodes are kept, best first. Scores are path log-probabilities, corrected so that those of
+different proposers compare; they only fall along a path, so a global top-k is closed
 under ancestors (as in SpecExec, arXiv:2406.02532, and OPT-Tree, arXiv:2406.17276).
 
-What a proposer's score is worth depends on the company: a path that others propose as
-well is right more often than one that they had the chance to propose and did not. So
-each proposer is calibrated apart for the company that its path has, and a path that
-several propose gets the mean of what they make of it. The best of them would be the one
-that errs upwards.
+What a proposer's word is worth depends on the company: a child that others propose as
+well is right more often than one beside which they propose something else. So every
+proposer is heard as a voice of its own in each company. Voices are mixed child by child,
+as odds given the parent (``mix``), and children's log-probs add up along paths.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_treespec.core.calibrate import Calibration
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
+from vllm_treespec.core.mix import Mixture
 from vllm_treespec.core.propose import Candidates
 from vllm_treespec.core.tree import TreeBuffers
-from vllm_treespec.kernels.bins import NUM_COMPANIES
+from vllm_treespec.kernels.mixing import NUM_SUMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,8 @@ class MergedCandidates:
     )  # [num_proposers, max_num_reqs, max_merged] float32, -inf: not its own
     scores: torch.Tensor  # [max_num_reqs, max_merged] float32, path log-prob
     num_nodes: torch.Tensor  # [max_num_reqs] int32
-    offering: torch.Tensor  # [max_num_reqs] int32, bit per proposer with candidates
+    sibling_bits: torch.Tensor  # [max_num_reqs, max_merged] int32, bit per proposer of
+    # any child of the node's parent
 
     @classmethod
     def allocate(
@@ -59,7 +59,7 @@ class MergedCandidates:
             own_scores=zeros(num_proposers, *shape, dtype=torch.float32),
             scores=zeros(*shape, dtype=torch.float32),
             num_nodes=zeros(max_num_reqs),
-            offering=zeros(max_num_reqs),
+            sibling_bits=zeros(*shape),
         )
 
 
@@ -85,8 +85,11 @@ class TreeBuilder:
         self._merged = MergedCandidates.allocate(
             num_proposers, max_num_reqs, num_proposers * max_candidates, device
         )
-        # Rows of one proposer follow each other, one for each company.
-        self._calibration = Calibration(num_proposers * NUM_COMPANIES, device)
+        self._mixture = Mixture.allocate(num_proposers, device)
+        # What a row's children say of each voice's correction.
+        self._sums = torch.zeros(
+            max_num_reqs, self._mixture.slopes.shape[0], NUM_SUMS, device=device
+        )
 
     def reset(self, slot: int) -> None:
         """Another request took the slot: there is no tree, and none to learn from."""
@@ -121,7 +124,8 @@ class TreeBuilder:
         num_tokens: torch.Tensor,  # [max_num_reqs] int32, of each slot's text
     ) -> None:
         """Compare the slots' last candidates with what the target said."""
-        merged, calibration = self._merged, self._calibration
+        merged, mixture = self._merged, self._mixture
+        sums = self._sums[: slots.shape[0]]
         self._kernels.tally_candidates(
             slots,
             merged.token_ids,
@@ -129,14 +133,17 @@ class TreeBuilder:
             merged.proposers,
             merged.own_scores,
             merged.num_nodes,
-            merged.offering,
+            merged.sibling_bits,
+            mixture.slopes,
+            mixture.offsets,
             token_ids,
             num_tokens,
             num_emitted,
-            calibration.right,
-            calibration.known,
+            sums,
         )
-        calibration.end_step()
+        self._kernels.learn_mixture(
+            sums, mixture.slopes, mixture.offsets, mixture.memory
+        )
 
     def build(
         self,
@@ -163,11 +170,13 @@ class TreeBuilder:
         self._merge(slots)
         self._kernels.rate_candidates(
             slots,
+            merged.parents,
             merged.proposers,
             merged.own_scores,
             merged.num_nodes,
-            merged.offering,
-            self._calibration.knots,
+            merged.sibling_bits,
+            self._mixture.slopes,
+            self._mixture.offsets,
             is_drawn,
             merged.scores,
         )
@@ -215,5 +224,5 @@ class TreeBuilder:
             merged.proposers,
             merged.own_scores,
             merged.num_nodes,
-            merged.offering,
+            merged.sibling_bits,
         )

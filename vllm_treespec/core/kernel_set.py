@@ -29,6 +29,7 @@ class KernelSet:
     compact_kv: Callable[..., None]
     count_step: Callable[..., None]
     tally_candidates: Callable[..., None]
+    learn_mixture: Callable[..., None]
     merge_candidates: Callable[..., None]
     rate_candidates: Callable[..., None]
     select_nodes: Callable[..., None]

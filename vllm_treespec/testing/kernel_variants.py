@@ -220,17 +220,33 @@ def tally_candidates(
         "own_scores_proposer_stride",
         "merged_stride",
         "num_merged_ptr",
-        "offering_ptr",
+        "sibling_bits_ptr",
         "token_ids_stride",
         "num_emitted_ptr",
+        "sums_row_stride",
         "num_proposers",
         slots_ptr=slots,
         own_scores_ptr="*fp32",
         token_ids_ptr=tokens,
         num_tokens_ptr=tokens,
-        right_ptr="*fp32",
-        known_ptr="*fp32",
+        slopes_ptr="*fp32",
+        offsets_ptr="*fp32",
+        sums_ptr="*fp32",
         BLOCK_NODES=block_nodes,
+        num_warps=1,
+    )
+
+
+def learn_mixture() -> Arguments:
+    return int32_arguments(
+        "sums_row_stride",
+        "memory_stride",
+        "num_rows",
+        sums_ptr="*fp32",
+        slopes_ptr="*fp32",
+        offsets_ptr="*fp32",
+        memory_ptr="*fp32",
+        BLOCK_ROWS=64,
         num_warps=1,
     )
 
@@ -251,7 +267,7 @@ def merge_candidates(
         "own_scores_proposer_stride",
         "merged_stride",
         "num_merged_ptr",
-        "offering_ptr",
+        "sibling_bits_ptr",
         "num_proposers",
         "max_num_merged",
         slots_ptr=slots,
@@ -267,18 +283,21 @@ def rate_candidates(
     block_nodes: int, slots: str = "*i64", is_drawn: str | None = None
 ) -> Arguments:
     return int32_arguments(
+        "parents_ptr",
         "proposers_ptr",
         "own_scores_proposer_stride",
         "merged_stride",
         "num_merged_ptr",
-        "offering_ptr",
+        "sibling_bits_ptr",
         "num_proposers",
         slots_ptr=slots,
         own_scores_ptr="*fp32",
         scores_ptr="*fp32",
-        knots_ptr="*fp32",
+        slopes_ptr="*fp32",
+        offsets_ptr="*fp32",
         is_drawn_ptr=is_drawn,
         BLOCK_NODES=block_nodes,
+        num_warps=1,
     )
 
 
@@ -475,9 +494,10 @@ SIGNATURES: dict[str, Arguments] = {
         32, "*i32", "*i64"
     ),
     "tally_candidates:_tally_candidates_kernel 512 nodes": tally_candidates(512),
+    "learn_mixture:_learn_mixture_kernel": learn_mixture(),
     "merge_candidates:_merge_candidates_kernel": merge_candidates(32, 64),
     "merge_candidates:_merge_candidates_kernel short slots": merge_candidates(
-        8, 16, "*i32"
+        8, 32, "*i32"
     ),
     "merge_candidates:_merge_candidates_kernel 512 nodes": merge_candidates(256, 512),
     "rate_candidates:_rate_candidates_kernel": rate_candidates(64),

@@ -256,8 +256,8 @@ class Drafter(Protocol):
 
 
 class Alone:
-    """The best candidates of one source. Calibration is monotone, so building their
-    tree would not change which they are."""
+    """All candidates of one source. There are no more than the tree has room for, so
+    building it would only change their order."""
 
     def __init__(self, source: Source, num_nodes: int, max_num_reqs: int) -> None:
         self._source = source
