@@ -6,7 +6,8 @@ sees the same prompts and the same earlier outputs.
 
 Needs vLLM and arctic-inference's suffix cache (0.1.1) for their columns. The first
 workload is greedy output of the bundled model, kept next to the results; --generate
-writes it anew with transformers.
+writes it anew with transformers. ``recycle``, alone and with ``suffix``, needs a target's
+logits: it is in bench_recycle.py.
 """
 
 from __future__ import annotations
@@ -407,6 +408,7 @@ def compare(workloads: dict[str, Workload]) -> None:
     print_table("Accepted draft tokens per step", accepted)
     print_table("Promised (sum of path probabilities) and accepted", promised)
     print_table("CPU us per tree, one request per call, Python included", drafted)
+    print("\nrecycle, and recycle with suffix: python benchmarks/bench_recycle.py")
 
 
 # ----------------------------------------------------------------------- large cache
