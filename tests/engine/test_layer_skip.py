@@ -308,7 +308,13 @@ def quantized_path(deep_model_path, tmp_path):
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**kind, "strategy": "channel", "dynamic": False},
-                "input_activations": {**kind, "strategy": "token", "dynamic": True},
+                "input_activations": {
+                    **kind,
+                    # vLLM's kernel for symmetric ones on CPUs with AMX takes no float32.
+                    "symmetric": False,
+                    "strategy": "token",
+                    "dynamic": True,
+                },
             }
         },
     }
