@@ -226,17 +226,26 @@ def acceptance(monkeypatch: pytest.MonkeyPatch) -> AcceptanceLog:
     return log
 
 
+@pytest.fixture(scope="session", autouse=True)
+def thaw() -> Iterator[None]:
+    """What ``start`` froze is collected when Python ends."""
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     """Start an engine; ``tree`` is the flag's object, ``truths`` plants adversaries."""
     running: list[Engine] = []
 
     def stop() -> None:
-        for engine in running:
-            engine.llm.llm_engine.engine_core.shutdown()
-        running.clear()
-        gc.collect()
+        if not running:
+            return
+        if (llm := running.pop().llm) is not None:  # else its start-up failed
+            llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+        # vLLM collects garbage a dozen times per engine; what is left is not garbage.
+        gc.freeze()
 
     def start(
         model: str,
@@ -250,6 +259,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     ) -> Engine:
         stop()
         engine = Engine(llm=None)  # type: ignore[arg-type]  # set below
+        running.append(engine)
         if truths is not None:
             tree = {"kernels": "auto", **(tree or {})}
             planted = PlantedProposer(
@@ -285,11 +295,17 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
         engine.llm = LLM(
             model=model, speculative_config=speculative, **{**defaults, **options}
         )
-        running.append(engine)
         return engine
 
     yield start
     stop()
+
+
+@pytest.fixture
+def fp8_caches() -> None:
+    """Skips where vLLM itself has none, with or without trees."""
+    if not (torch.cuda.is_available() or torch.cpu._is_avx512_supported()):
+        pytest.skip("vLLM's CPU backend stores fp8 caches with AVX-512 only")
 
 
 @pytest.fixture(scope="session")

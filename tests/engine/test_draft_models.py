@@ -138,6 +138,7 @@ def exactness(monkeypatch):
     return checked
 
 
+@pytest.mark.usefixtures("fp8_caches")
 def test_quantized_caches(model_path, prompts, check, acceptance):
     check(model_path("llama"), prompts(3), max_tokens=12, kv_cache_dtype="fp8")
     assert acceptance.off_first_branch > 0

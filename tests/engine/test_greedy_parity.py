@@ -73,6 +73,7 @@ def test_attention_sinks(model_path, prompts, check, start, acceptance):
     assert engine.greedy(prompts(), 32) != before
 
 
+@pytest.mark.usefixtures("fp8_caches")
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_quantized_caches(
