@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_treespec.core.kernel_set import KernelSet
@@ -64,4 +66,49 @@ def attach(
         batch.depths,
         batch.masks,
         batch.root_positions,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CausalTail:
+    """The requests at the end of a batch that have no tree, as the host knows them.
+
+    Their rows are plainly causal, so any attention kernel can serve them.
+    """
+
+    reqs: slice  # batch rows
+    tokens: slice  # query rows
+    query_start_loc: torch.Tensor  # [num_reqs of it + 1] int32, from 0
+    max_query_len: int
+    max_num_keys: int
+    max_query_len_before: int  # of the batch's other requests, 0: there are none
+
+
+def causal_tail(
+    cu_num_logits: npt.NDArray[
+        np.int32
+    ],  # [num_reqs + 1], nodes per row, root included
+    query_start_loc_np: npt.NDArray[np.int32],  # [>= num_reqs + 1]
+    query_start_loc: torch.Tensor,  # the same on the device
+    max_num_keys: npt.NDArray[np.int32],  # [>= num_reqs], upper bounds
+) -> CausalTail | None:
+    """The requests behind the last one with a tree; None if they only decode.
+
+    vLLM sorts requests with drafts to the front.
+    """
+    num_reqs = len(cu_num_logits) - 1
+    with_tree = np.flatnonzero(np.diff(cu_num_logits) > 1)
+    first = int(with_tree[-1]) + 1 if with_tree.size else 0
+    query_lens = np.diff(query_start_loc_np[: num_reqs + 1])
+    longest = int(query_lens[first:].max(initial=0))
+    if longest <= 1:
+        return None
+    begin = int(query_start_loc_np[first])
+    return CausalTail(
+        reqs=slice(first, num_reqs),
+        tokens=slice(begin, int(query_start_loc_np[num_reqs])),
+        query_start_loc=query_start_loc[first : num_reqs + 1] - begin,
+        max_query_len=longest,
+        max_num_keys=int(max_num_keys[first:num_reqs].max()),
+        max_query_len_before=int(query_lens[:first].max(initial=0)),
     )

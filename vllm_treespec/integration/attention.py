@@ -16,9 +16,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from vllm_treespec.config import ConfigError
-from vllm_treespec.core.attend import BatchTrees
+from vllm_treespec.core.attend import BatchTrees, CausalTail
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.integration.engine_args import CACHE_DTYPES, FP8_CACHES
+from vllm_treespec.integration.flash_attention import FlashAttention, Heads
 
 # Backends are named by path, because a file of the other platform cannot be imported.
 _CPU = "vllm_treespec.integration.attention_cpu.TreeAttentionBackend"
@@ -46,14 +47,20 @@ class TreeForward:
     sinks: torch.Tensor | None  # [num_heads]
     _kernels: KernelSet
     _batch: BatchTrees
+    _flash: FlashAttention | None  # for rows without trees, where it serves this layer
 
     def bind(
-        self, kernels: KernelSet, batch: BatchTrees, sliding_window: int | None
+        self,
+        kernels: KernelSet,
+        batch: BatchTrees,
+        sliding_window: int | None,
+        flash: FlashAttention | None = None,
     ) -> None:
         """Say which trees this layer's queries form.
 
         Args:
             sliding_window: tokens a query sees, itself included; None for all.
+            flash: takes requests without trees, if it is right for such a layer.
 
         Raises:
             ConfigError: if the layer needs something the tree kernel lacks.
@@ -66,6 +73,21 @@ class TreeForward:
         soft_cap = self.logits_soft_cap  # type: ignore[attr-defined]  # of the host
         self._soft_cap = soft_cap if soft_cap else None
         self._is_quantized = self.kv_cache_dtype in FP8_CACHES
+        self._flash = None
+        if flash is not None and not self._is_quantized and flash.serves(self._heads):
+            self._flash = flash
+
+    @property
+    def _heads(self) -> Heads:
+        return Heads(
+            num_heads=self.num_heads,  # type: ignore[attr-defined]  # of the host
+            num_kv_heads=self.num_kv_heads,  # type: ignore[attr-defined]
+            head_size=self.head_size,
+            scale=self.scale,
+            sliding_window=self._window,
+            soft_cap=self._soft_cap,
+            has_sinks=self.sinks is not None,
+        )
 
     def forward(
         self,
@@ -88,19 +110,35 @@ class TreeForward:
             scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
         key_cache = kv_cache[..., : self.head_size]
         value_cache = kv_cache[..., self.head_size :]
-        batch = getattr(attn_metadata, "trees", None) or self._batch
+        trees = getattr(attn_metadata, "trees", None)  # a draft brings its own
+        rows, attended = attn_metadata, output
+        if self._flash is not None and trees is None and self._flash.tail is not None:
+            self._flash.attend(
+                self._heads,
+                query,
+                key_cache,
+                value_cache,
+                output,
+                rows.seq_lens,
+                rows.block_table,
+                self.sinks,
+            )
+            num_tokens = self._flash.tail.tokens.start
+            rows = _rows_before(self._flash.tail, attn_metadata)
+            query, attended = query[:num_tokens], output[:num_tokens]
+        batch = trees or self._batch
         self._kernels.tree_attention(
             query,
             key_cache,
             value_cache,
-            output,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
+            attended,
+            rows.query_start_loc,
+            rows.seq_lens,
+            rows.block_table,
             batch.num_nodes,
             batch.depths,
             batch.masks,
-            max_query_len=attn_metadata.max_query_len,
+            max_query_len=rows.max_query_len,
             scale=self.scale,
             sliding_window=self._window,
             soft_cap=self._soft_cap,
@@ -110,7 +148,23 @@ class TreeForward:
         return output
 
 
-def bind_layer(name: str, layer: Any, kernels: KernelSet, batch: BatchTrees) -> None:
+def _rows_before(tail: CausalTail, metadata: Any) -> TreeMetadata:
+    num_reqs = tail.reqs.start
+    return TreeMetadata(
+        query_start_loc=metadata.query_start_loc[: num_reqs + 1],
+        seq_lens=metadata.seq_lens[:num_reqs],
+        block_table=metadata.block_table[:num_reqs],
+        max_query_len=tail.max_query_len_before,
+    )
+
+
+def bind_layer(
+    name: str,
+    layer: Any,
+    kernels: KernelSet,
+    batch: BatchTrees,
+    flash: FlashAttention | None = None,
+) -> None:
     """Let one of a model's attention layers see trees.
 
     Raises:
@@ -121,7 +175,7 @@ def bind_layer(name: str, layer: Any, kernels: KernelSet, batch: BatchTrees) -> 
         raise ConfigError(
             f"layer {name} is a {type(layer).__name__}, which does not know trees"
         )
-    layer.impl.bind(kernels, batch, layer.sliding_window)
+    layer.impl.bind(kernels, batch, layer.sliding_window, flash)
 
 
 def _missing_features(impl: Any) -> Iterable[str]:

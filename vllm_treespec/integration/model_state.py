@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_treespec.config import ConfigError
-from vllm_treespec.core.attend import attach
+from vllm_treespec.core.attend import attach, causal_tail
 from vllm_treespec.core.commit import commit_paths
 from vllm_treespec.integration.fallback import has_custom_processors
 from vllm_treespec.integration.metrics import COMMIT
@@ -73,20 +74,42 @@ class TreeModelState(DefaultModelState):
                 tables.append(table.gpu)
         self._layers = KVLayers.describe(caches, tables)
 
-    def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        *args: Any,
+        for_capture: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         # vLLM has computed KV slots from the positions by now, so they may change.
-        speculator = self.speculator
+        speculator, num_reqs = self.speculator, input_batch.num_reqs
         attach(
             speculator.kernels,
             speculator.trees,
             speculator.batch,
-            input_batch.idx_mapping[: input_batch.num_reqs],
-            input_batch.cu_num_logits[: input_batch.num_reqs + 1],
+            input_batch.idx_mapping[:num_reqs],
+            input_batch.cu_num_logits[: num_reqs + 1],
             input_batch.query_start_loc,
             input_batch.positions,
         )
         self._num_draft_tokens = input_batch.num_draft_tokens
-        return super().prepare_attn(input_batch, *args, **kwargs)
+        if speculator.flash is not None:
+            # A graph is replayed for batches of which the host decides nothing.
+            is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+            speculator.flash.tail = (
+                None
+                if is_graph
+                else causal_tail(
+                    input_batch.cu_num_logits_np[: num_reqs + 1],
+                    input_batch.query_start_loc_np,
+                    input_batch.query_start_loc,
+                    input_batch.seq_lens_cpu_upper_bound.numpy(),
+                )
+            )
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs
+        )
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, TreeRejectionSampler]:
         self.speculator.has_custom_processors = has_custom_processors(sampler)

@@ -32,6 +32,7 @@ from vllm_treespec.integration.attention import bind_layer
 from vllm_treespec.integration.device_drafts import DeviceDrafts
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.fallback import chain_reason, count_fallback
+from vllm_treespec.integration.flash_attention import find_flash_attention
 from vllm_treespec.integration.host_drafts import HostDrafts
 from vllm_treespec.integration.metrics import (
     BUILD,
@@ -78,6 +79,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.kernels = choose_kernels(config, device)
         self.trees = TreeBuffers.allocate(max_num_reqs, max_num_nodes, device)
         self.batch = BatchTrees.allocate(max_num_reqs, max_num_nodes, device)
+        self.flash = find_flash_attention(vllm_config, device)
         self.paths = AcceptedPaths.allocate(max_num_reqs, max_num_nodes, device)
         self.builder = TreeBuilder(
             self.kernels,
@@ -169,7 +171,7 @@ class TreeSpeculator(DraftModelSpeculator):
             AttentionLayerBase,
         )
         for name, layer in layers.items():
-            bind_layer(name, layer, self.kernels, self.batch)
+            bind_layer(name, layer, self.kernels, self.batch, self.flash)
         for draft in self.drafts.models.values():
             draft.load(self.kernels, target_model)
             self.draft_attn_layer_names |= draft.own_layer_names
