@@ -5,18 +5,24 @@ Without a GPU it checks a tiny batch in Triton's interpreter and times nothing.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     import treespec_cpu_host
 
     treespec_cpu_host.interpreter.install()
+
+from attention_apart import attend_apart, kind_of_layer
 
 from vllm_treespec.kernels.attention_plan import SplitBuffers
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
@@ -152,84 +158,20 @@ def tree_us(batch: Batch, split: SplitBuffers | None) -> float:
     return batch.checked_us(attend)
 
 
-def attend_context(batch: Batch) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """Every row against all of the context: outputs, and [num_heads, num_tokens] f32."""
-    tensors = batch.tensors
-    if ON_GPU:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        context_lens = torch.full_like(tensors["seq_lens"], batch.context)
-
-        def attend() -> tuple[torch.Tensor, torch.Tensor]:
-            output, log_sums = flash_attn_varlen_func(
-                q=tensors["query"],
-                k=tensors["key_cache"].transpose(1, 2),
-                v=tensors["value_cache"].transpose(1, 2),
-                max_seqlen_q=batch.num_nodes,
-                cu_seqlens_q=tensors["query_start_loc"],
-                max_seqlen_k=batch.context,
-                seqused_k=context_lens,
-                softmax_scale=SCALE,
-                causal=False,
-                block_table=tensors["block_table"],
-                return_softmax_lse=True,
-                fa_version=flash_attention_version(),
-            )
-            return output, log_sums
-
-        return attend
-
-    def attend_slowly() -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (each[:, :, : batch.context] for each in gathered(batch))
-        query = tensors["query"].unflatten(0, (-1, batch.num_nodes))
-        query = query.unflatten(2, (HEADS.num_kv_heads, -1))
-        scores = torch.einsum("bqhgd,bhkd->bqhgk", query, keys) * SCALE
-        output = torch.einsum("bqhgk,bhkd->bqhgd", scores.softmax(-1), values)
-        log_sums = scores.logsumexp(-1).flatten(2).flatten(0, 1)
-        return output.flatten(2, 3).flatten(0, 1), log_sums.t().contiguous()
-
-    return attend_slowly
-
-
 def flash_attention_version() -> int:
     return 3 if torch.cuda.get_device_capability()[0] == 9 else 2
 
 
 def merged_us(batch: Batch) -> float:
-    if ON_GPU and find_spec("vllm") is None:
-        return NOTHING
-    context = attend_context(batch)
-    num_reqs, num_nodes = batch.parents.shape
-    keys, values = (
-        each[:, :, batch.context :].contiguous() for each in gathered(batch)
-    )
-    # The step's own keys, as a cache of one block for each request.
-    tensors = batch.tensors | {
-        "key_cache": keys,
-        "value_cache": values,
-        "block_table": torch.arange(num_reqs, device=DEVICE).int()[:, None],
-        "seq_lens": torch.full_like(batch.tensors["seq_lens"], num_nodes),
-        "output": torch.zeros_like(batch.expected),
-    }
-    log_sums = torch.empty(batch.expected.shape[:2], device=DEVICE)
+    kind = kind_of_layer(HEADS.num_heads, HEADS.num_kv_heads, HEADS.head_size)
+    attend = attend_apart(kind, batch.tensors, BLOCK_SIZE)
     output = torch.zeros_like(batch.expected)
 
-    def attend() -> torch.Tensor:
-        context_output, context_log_sums = context()
-        tree_attention(**tensors, **batch.options, log_sums=log_sums)
-        tree_output, tree_log_sums = tensors["output"], log_sums.t().contiguous()
-        if ON_GPU:
-            from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+    def attend_once() -> torch.Tensor:
+        attend(**batch.tensors | {"output": output}, **batch.options)
+        return output
 
-            merge_attn_states(
-                output, context_output, context_log_sums, tree_output, tree_log_sums
-            )
-            return output
-        weights = torch.stack([context_log_sums, tree_log_sums]).softmax(0)
-        weights = weights.transpose(1, 2)[..., None]
-        return weights[0] * context_output + weights[1] * tree_output
-
-    return batch.checked_us(attend)
+    return batch.checked_us(attend_once)
 
 
 def qq_bias_us(batch: Batch) -> float:

@@ -4,16 +4,14 @@ Chooses the tiles of tree attention from compile reports, for GPUs that are not 
 and writes kernels/tuned/tree_attention.json. `tune_tree_attention.py` measures instead.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from vllm_treespec.kernels.attention_plan import TileSizes
 from vllm_treespec.testing.kernel_variants import SPLIT, attention_of
 from vllm_treespec.testing.offline_compile import Compiled, compile_for
+from vllm_treespec.testing.tile_table import write_table
 
-TABLE = Path(__file__).parents[1] / "kernels/tuned/tree_attention.json"
 ABOUT = (
     "Chosen from compile reports by benchmarks/choose_tiles.py, not measured: of the "
     "tiles that spill no register, those with the most bytes in flight up to 64 KiB "
@@ -109,7 +107,4 @@ def entries() -> Iterator[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    rows = ",\n    ".join(json.dumps(entry) for entry in entries())
-    TABLE.write_text(
-        f'{{\n  "about": {json.dumps(ABOUT)},\n  "tiles": [\n    {rows}\n  ]\n}}\n'
-    )
+    write_table(ABOUT, {"apart": [], "tiles": list(entries())})

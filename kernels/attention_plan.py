@@ -32,6 +32,18 @@ class TileSizes(NamedTuple):
     programs_per_sm: int  # that run at once
 
 
+class Region(NamedTuple):
+    """Launches in which FlashAttention over the keys of earlier steps, our kernel over this
+    step's and a merge were measured to be faster than our kernel alone."""
+
+    min_rows: int  # of a request, queries times group
+    max_rows: int
+    min_keys: int  # of the longest request
+
+    def has(self, rows: int, num_keys: int) -> bool:
+        return self.min_rows <= rows <= self.max_rows and num_keys >= self.min_keys
+
+
 @dataclass(frozen=True, slots=True)
 class SplitBuffers:
     """Scratch for contexts that are cut into segments, at addresses that CUDA graphs
@@ -104,12 +116,19 @@ def tile_sizes(
     """The table's tiles for this device, or the default where it has none."""
     rows = max_query_len * group
     head_size_padded = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    if device.type == "cuda" and query_dtype.itemsize == 2:
-        major, minor = torch.cuda.get_device_capability(device)
-        key = (10 * major + minor, head_size_padded, cache_dtype.itemsize)
-        if found := table().get(key):
+    arch = _arch(device)
+    if arch is not None and query_dtype.itemsize == 2:
+        found = table().get((arch, head_size_padded, cache_dtype.itemsize))
+        if found is not None:
             return choose_tiles(found, rows, group)
     return default_tiles(rows, group, head_size, query_dtype.itemsize)
+
+
+def _arch(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache
@@ -123,6 +142,16 @@ def table() -> dict[tuple[int, int, int], list[TileSizes]]:
     for tiles in found.values():
         tiles.sort(key=lambda each: each.block_m)
     return dict(found)
+
+
+@functools.cache
+def regions(device: torch.device, head_size: int) -> list[Region]:
+    """The table's for this device and heads; none where nothing was measured."""
+    return [
+        Region(entry["min_rows"], entry["max_rows"], entry["min_keys"])
+        for entry in json.loads(TABLE.read_text())["apart"]
+        if (entry["arch"], entry["head_size"]) == (_arch(device), head_size)
+    ]
 
 
 def choose_tiles(found: list[TileSizes], rows: int, group: int) -> TileSizes:

@@ -99,12 +99,14 @@ def _tree_attention_kernel(
     output_stride_token,
     output_stride_head,
     log_sums_ptr,  # None: not asked for
-    log_sums_stride,
+    log_sums_stride_token,
+    log_sums_stride_head,
     sinks_ptr,  # None: the layer has none
     key_scale_ptr,  # None: the caches are not quantized
     value_scale_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
+    first_keys_ptr,  # None: from the first
     block_table_ptr,
     block_table_stride,
     num_nodes_ptr,
@@ -175,13 +177,15 @@ def _tree_attention_kernel(
     # Every row sees all keys before the first row and before the root.
     unmasked = tl.minimum(num_context + first_query + 1, root)
     first = 0
+    if first_keys_ptr is not None:
+        first = tl.load(first_keys_ptr + req)
     if SLIDING_WINDOW > 0:
         depth = tl.load(depths_ptr + slot - root, mask=in_tree, other=0)
         position = tl.where(in_tree, root + depth, slot)
         # A key's position is at most its slot: what lies before `first` is out of
         # every row's window, and its block may already belong to somebody else.
-        first = tl.min(tl.where(live, position, seq_len), axis=0) - SLIDING_WINDOW + 1
-        first = tl.maximum(first, 0)
+        nearest = tl.min(tl.where(live, position, seq_len), axis=0)
+        first = tl.maximum(first, nearest - SLIDING_WINDOW + 1)
 
     unmasked_start = first // BLOCK_N * BLOCK_N
     unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
@@ -233,6 +237,8 @@ def _tree_attention_kernel(
             query.dtype,
         )
         scores = _scores(query, keys, scale, SOFT_CAP)
+        if first_keys_ptr is not None:
+            scores = tl.where(loaded[None, :], scores, float("-inf"))
         if SLIDING_WINDOW > 0:
             near = position[:, None] - key[None, :] < SLIDING_WINDOW
             scores = tl.where(near, scores, float("-inf"))
@@ -301,7 +307,8 @@ def _tree_attention_kernel(
             peak, total, shrink = _add_sink(sinks_ptr, head, peak, total)
             weighted *= shrink[:, None]
         if log_sums_ptr is not None:
-            log_sums_offset = token * log_sums_stride + head
+            log_sums_offset = token * log_sums_stride_token
+            log_sums_offset += head * log_sums_stride_head
             tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total), mask=live)
         # A row that saw nothing gives zeros.
         output = weighted / tl.where(total > 0, total, 1.0)[:, None]
@@ -322,7 +329,8 @@ def _merge_segments_kernel(
     output_stride_token,
     output_stride_head,
     log_sums_ptr,
-    log_sums_stride,
+    log_sums_stride_token,
+    log_sums_stride_head,
     sinks_ptr,
     query_start_loc_ptr,
     num_reqs,
@@ -355,7 +363,8 @@ def _merge_segments_kernel(
         peak, total, shrink_all = _add_sink(sinks_ptr, head, peak, total)
         output *= shrink_all
     if log_sums_ptr is not None:
-        tl.store(log_sums_ptr + token * log_sums_stride + head, _log_sum(peak, total))
+        log_sums_offset = token * log_sums_stride_token + head * log_sums_stride_head
+        tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total))
     # A row that saw nothing gives zeros.
     output /= tl.where(total > 0, total, 1.0)
     tl.store(
@@ -385,6 +394,8 @@ def tree_attention(
     key_scale: torch.Tensor | None = None,  # [1] or [] f32; None: not quantized
     value_scale: torch.Tensor | None = None,
     log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32, written
+    first_keys: torch.Tensor
+    | None = None,  # [>= num_reqs] int32, earlier ones are unseen
     split: SplitBuffers | None = None,
     tiles: TileSizes | None = None,  # else those of the table
 ) -> None:
@@ -401,7 +412,7 @@ def tree_attention(
 
     Quantized caches hold keys and values divided by their scales. ``log_sums`` gets the
     logarithm of each row's softmax denominator, sink included, by which outputs over
-    different keys are merged.
+    different keys are merged; ``first_keys`` leaves keys out that are attended elsewhere.
 
     Where the rows are too few to fill the device, the keys are split among programs as
     far as the buffers of ``split`` go, and merged afterwards.
@@ -433,7 +444,7 @@ def tree_attention(
         )
         if num_segments > 1:
             partials = (split.weighted, split.peaks, split.totals)
-    log_sums_stride = 0 if log_sums is None else log_sums.stride(0)
+    log_sums_strides = (0, 0) if log_sums is None else log_sums.stride()
     num_tiles = num_tokens // tiles.block_q + num_reqs
     _tree_attention_kernel[(num_tiles, num_kv_heads, num_segments)](
         query,
@@ -445,12 +456,13 @@ def tree_attention(
         output,
         *output.stride()[:2],
         log_sums,
-        log_sums_stride,
+        *log_sums_strides,
         sinks,
         key_scale,
         value_scale,
         query_start_loc,
         seq_lens,
+        first_keys,
         block_table,
         block_table.stride(0),
         num_nodes,
@@ -479,7 +491,7 @@ def tree_attention(
             output,
             *output.stride()[:2],
             log_sums,
-            log_sums_stride,
+            *log_sums_strides,
             sinks,
             query_start_loc,
             num_reqs,

@@ -27,11 +27,13 @@ def tree_attention(
     key_scale: torch.Tensor | None = None,  # [1] or [] f32
     value_scale: torch.Tensor | None = None,
     log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32
+    first_keys: torch.Tensor | None = None,  # [>= num_reqs] int32
     split: SplitBuffers | None = None,
     tiles: TileSizes | None = None,
 ) -> None:
     starts = query_start_loc.tolist()
     trees = num_nodes.tolist()
+    firsts = [0] * len(starts) if first_keys is None else first_keys.tolist()
     for req, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[req], starts[req + 1])
         query_len = rows.stop - rows.start
@@ -43,6 +45,7 @@ def tree_attention(
         if sliding_window is not None:
             distances = positions[-query_len:, None] - positions[None, :]
             visible &= distances < sliding_window
+        visible[:, : firsts[req]] = False
         # Blocks that left the window may hold anything, even NaN.
         keys = torch.arange(
             int(visible.any(0).int().argmax()), seq_len, device=query.device

@@ -8,27 +8,35 @@ import torch
 from vllm_treespec.integration import speculator as speculator_module
 from vllm_treespec.integration.flash_attention import FlashAttention
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.kernels.attention_plan import Region
 from vllm_treespec.testing.flash_attention import flash_attn_varlen_func
 
 
 class Asked:
     """Puts a stand-in for FlashAttention into engines, and sees what it is asked."""
 
-    def __init__(self, monkeypatch):
-        self.batches = []  # query lengths of each layer that was served
+    def __init__(self, monkeypatch, regions=()):
+        self.batches = []  # query lengths of each layer whose tail was served
+        self.num_contexts = 0  # layers whose earlier keys were attended apart
         self.before = []  # per step, requests before the tail; None: no tail
         asked = self
 
         def attend(**arguments):
-            asked.batches.append(arguments["cu_seqlens_q"].diff().tolist())
+            if arguments["causal"]:
+                asked.batches.append(arguments["cu_seqlens_q"].diff().tolist())
+            else:
+                asked.num_contexts += 1
             return flash_attn_varlen_func(**arguments)
 
         def find(vllm_config, device):
             return FlashAttention(
                 attend,
                 lambda heads: 3,
+                lambda head_size: list(regions),
                 dtype=torch.float32,
                 block_size=16,
+                max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
+                max_num_keys=vllm_config.model_config.max_model_len,
                 device=device,
             )
 
@@ -46,28 +54,38 @@ class Asked:
     def forget(self):
         self.batches.clear()
         self.before.clear()
+        self.num_contexts = 0
 
 
+ALL = Region(min_rows=2, max_rows=1 << 20, min_keys=0)
 # Prompts come in chunks, while others decode.
 CHUNKS = {"max_num_batched_tokens": 48, "max_num_seqs": 3}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kernels"),
+    ("architecture", "kernels", "regions"),
     [
-        ("llama", "torch"),
-        ("gemma2", "torch"),
-        ("granite-sinks", "torch"),
-        ("llama", "triton"),
+        ("llama", "torch", []),
+        ("gemma2", "torch", []),
+        ("gemma2", "torch", [ALL]),
+        ("granite-sinks", "torch", [ALL]),
+        ("llama", "triton", [ALL]),
     ],
 )
 def test_prompts_beside_trees_keep_their_tokens(
-    architecture, kernels, model_path, prompts, start, plain_greedy, monkeypatch
+    architecture,
+    kernels,
+    regions,
+    model_path,
+    prompts,
+    start,
+    plain_greedy,
+    monkeypatch,
 ):
     model, batch = model_path(architecture), prompts(5, longest=60)
     max_tokens = 20 if kernels == "torch" else 6
     plain = plain_greedy(model, batch, max_tokens, **CHUNKS)
-    asked = Asked(monkeypatch)
+    asked = Asked(monkeypatch, regions)
     engine = start(
         model,
         truths=[p + o for p, o in zip(batch, plain, strict=True)],
@@ -81,6 +99,7 @@ def test_prompts_beside_trees_keep_their_tokens(
     assert sum(map(sum, asked.batches)) >= sum(map(len, batch)) * num_layers
     assert None in asked.before and 0 in asked.before and any(asked.before)
     assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
+    assert (asked.num_contexts > 0) == bool(regions)
 
 
 def test_drafts_by_the_targets_own_layers_do_not_ask(

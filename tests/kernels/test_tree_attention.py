@@ -468,50 +468,49 @@ def test_a_row_that_sees_a_sink_alone(num_segments: int, device: torch.device):
     assert (log_sums[1] == -torch.inf).all()
 
 
-def test_parts_of_the_keys_merge_by_their_log_sums(device: torch.device):
-    """The context by itself, the tree by itself as a cache of one block a request."""
-    parents = tree(9)
-    batch = make_batch([Request(40, 0, parents)], device, num_kv_heads=1)
+@pytest.mark.parametrize("num_segments", [1, 3])
+@pytest.mark.parametrize("sliding_window", [None, 6])
+@pytest.mark.parametrize("num_kept", [0, 8, 40])
+def test_keys_before_the_first_are_not_read(
+    num_kept: int, sliding_window: int | None, num_segments: int, device: torch.device
+):
+    batch = make_batch(MIXED, device, sliding_window=num_kept + 1)
+    first_keys = [max(request.num_context - num_kept, 0) for request in MIXED]
+    batch.check(
+        first_keys=torch.tensor(first_keys, device=device).int(),
+        sliding_window=sliding_window,
+        split=split_among(batch, num_segments),
+    )
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_parts_of_the_keys_merge_by_their_log_sums(
+    num_segments: int, device: torch.device
+):
+    request = Request(40, 0, tree(9))
+    batch = make_batch([request], device, num_kv_heads=1)
     expected = batch.run(reference)
-    whole = batch.arguments
-    log_sums = torch.empty(2, *expected.shape[:2], device=device)
-    # A chain of the context's keys alone, of which every row is the last.
-    outputs = [torch.empty_like(expected), torch.empty_like(expected)]
-    for row in range(len(parents)):
-        tree_attention(
-            **whole
-            | {
-                "query": whole["query"][row : row + 1],
-                "output": outputs[0][row : row + 1],
-                "query_start_loc": whole["query_start_loc"].new_tensor([0, 1]),
-                "seq_lens": whole["seq_lens"].new_tensor([40]),
-                "num_nodes": torch.zeros_like(whole["num_nodes"]),
-            },
-            max_query_len=1,
-            scale=32**-0.5,
-            sliding_window=None,
-            soft_cap=None,
-            log_sums=log_sums[0, row : row + 1],
-        )
-    tree_keys = batch.keys[0][40:].to(device).transpose(0, 1)[None]
-    tree_values = batch.values[0][40:].to(device).transpose(0, 1)[None]
-    tree_attention(
-        **whole
-        | {
-            "output": outputs[1],
-            "key_cache": tree_keys.contiguous(),
-            "value_cache": tree_values.contiguous(),
-            "block_table": whole["block_table"].new_zeros(1, 1),
-            "seq_lens": whole["seq_lens"].new_tensor([9]),
-        },
-        max_query_len=9,
-        scale=32**-0.5,
-        sliding_window=None,
-        soft_cap=None,
+    log_sums = torch.empty(2, *expected.shape[1::-1], device=device).transpose(1, 2)
+    in_tree = batch.run(
+        tree_attention,
+        first_keys=torch.tensor([40], device=device).int(),
+        split=split_among(batch, num_segments),
         log_sums=log_sums[1],
     )
+    # All nodes see all of the context, as so many requests that decode would.
+    query = batch.arguments["query"]
+    num_tokens = query.shape[0]
+    batch.arguments |= {
+        "query_start_loc": torch.arange(num_tokens + 1, device=device).int(),
+        "seq_lens": torch.full((num_tokens,), 40, device=device).int(),
+        "block_table": batch.arguments["block_table"].repeat(num_tokens, 1),
+        "num_nodes": torch.zeros(num_tokens, device=device).int(),
+        "depths": torch.zeros(num_tokens, 1, device=device).int(),
+        "masks": torch.zeros(num_tokens, 1, 1, device=device).int(),
+    }
+    in_context = batch.run(tree_attention, max_query_len=1, log_sums=log_sums[0])
     weights = log_sums.softmax(0)[..., None]
-    merged = (torch.stack(outputs) * weights).sum(0)
+    merged = weights[0] * in_context + weights[1] * in_tree
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=2e-6)
 
 

@@ -19,7 +19,8 @@ from vllm_treespec.config import ConfigError
 from vllm_treespec.core.attend import BatchTrees, CausalTail
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.integration.engine_args import CACHE_DTYPES, FP8_CACHES
-from vllm_treespec.integration.flash_attention import FlashAttention, Heads
+from vllm_treespec.integration.flash_attention import FlashAttention
+from vllm_treespec.integration.flash_trial import Heads
 
 # Backends are named by path, because a file of the other platform cannot be imported.
 _CPU = "vllm_treespec.integration.attention_cpu.TreeAttentionBackend"
@@ -73,14 +74,8 @@ class TreeForward:
         soft_cap = self.logits_soft_cap  # type: ignore[attr-defined]  # of the host
         self._soft_cap = soft_cap if soft_cap else None
         self._is_quantized = self.kv_cache_dtype in FP8_CACHES
-        self._flash = None
-        if flash is not None and not self._is_quantized and flash.serves(self._heads):
-            self._flash = flash
-
-    @property
-    def _heads(self) -> Heads:
-        return Heads(
-            num_heads=self.num_heads,  # type: ignore[attr-defined]  # of the host
+        self._heads = Heads(
+            num_heads=self.num_heads,  # type: ignore[attr-defined]
             num_kv_heads=self.num_kv_heads,  # type: ignore[attr-defined]
             head_size=self.head_size,
             scale=self.scale,
@@ -88,6 +83,9 @@ class TreeForward:
             soft_cap=self._soft_cap,
             has_sinks=self.sinks is not None,
         )
+        self._flash = None
+        if flash is not None and not self._is_quantized and flash.serves(self._heads):
+            self._flash = flash
 
     def forward(
         self,
@@ -110,24 +108,27 @@ class TreeForward:
             scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
         key_cache = kv_cache[..., : self.head_size]
         value_cache = kv_cache[..., self.head_size :]
-        trees = getattr(attn_metadata, "trees", None)  # a draft brings its own
-        rows, attended = attn_metadata, output
-        if self._flash is not None and trees is None and self._flash.tail is not None:
-            self._flash.attend(
-                self._heads,
-                query,
-                key_cache,
-                value_cache,
-                output,
-                rows.seq_lens,
-                rows.block_table,
-                self.sinks,
-            )
-            num_tokens = self._flash.tail.tokens.start
-            rows = _rows_before(self._flash.tail, attn_metadata)
-            query, attended = query[:num_tokens], output[:num_tokens]
+        rows, attended, attend = attn_metadata, output, self._kernels.tree_attention
+        trees = getattr(attn_metadata, "trees", None)
+        if self._flash is not None and trees is None:  # a draft brings its own
+            if (tail := self._flash.tail) is not None:
+                self._flash.attend_tail(
+                    self._heads,
+                    query,
+                    key_cache,
+                    value_cache,
+                    output,
+                    rows.seq_lens,
+                    rows.block_table,
+                    self.sinks,
+                )
+                rows = _rows_before(tail, attn_metadata)
+                query = query[: tail.tokens.start]
+                attended = output[: tail.tokens.start]
+            if self._flash.takes_context(self._heads, rows.max_query_len):
+                attend = self._flash.around(self._heads, attend)
         batch = trees or self._batch
-        self._kernels.tree_attention(
+        attend(
             query,
             key_cache,
             value_cache,

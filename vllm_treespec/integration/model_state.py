@@ -9,7 +9,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_treespec.config import ConfigError
-from vllm_treespec.core.attend import attach, causal_tail
+from vllm_treespec.core.attend import attach
 from vllm_treespec.core.commit import commit_paths
 from vllm_treespec.integration.fallback import has_custom_processors
 from vllm_treespec.integration.metrics import COMMIT
@@ -95,18 +95,8 @@ class TreeModelState(DefaultModelState):
         )
         self._num_draft_tokens = input_batch.num_draft_tokens
         if speculator.flash is not None:
-            # A graph is replayed for batches of which the host decides nothing.
             is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
-            speculator.flash.tail = (
-                None
-                if is_graph
-                else causal_tail(
-                    input_batch.cu_num_logits_np[: num_reqs + 1],
-                    input_batch.query_start_loc_np,
-                    input_batch.query_start_loc,
-                    input_batch.seq_lens_cpu_upper_bound.numpy(),
-                )
-            )
+            speculator.flash.begin(input_batch, is_graph=is_graph)
         return super().prepare_attn(
             input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs
         )

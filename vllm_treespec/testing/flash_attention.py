@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vllm_treespec.kernels.reference.tree_attention import tree_attention
-
 
 def flash_attn_varlen_func(
     q: torch.Tensor,  # [num_tokens, num_heads, head_size]
     k: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_size]
     v: torch.Tensor,  # as k
-    out: torch.Tensor,  # as q, written in place
     *,
+    out: torch.Tensor | None,  # as q
     cu_seqlens_q: torch.Tensor,  # [num_reqs + 1] int32
     max_seqlen_q: int,
     seqused_k: torch.Tensor,  # [num_reqs] int32
@@ -24,30 +22,42 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor,  # [num_reqs, max_num_blocks] int32
     fa_version: int,
     s_aux: torch.Tensor | None,  # [num_heads]
-) -> torch.Tensor:
-    """Attention of causal rows over a paged cache."""
-    num_reqs = seqused_k.shape[0]
-    assert causal and fa_version in (2, 3), "all that is asked of it"
-    assert cu_seqlens_q.shape == (num_reqs + 1,) and len(block_table) == num_reqs
-    assert q.shape[0] == int(cu_seqlens_q[-1]), "rows that no request has"
-    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
-    assert max_seqlen_k >= int(seqused_k.max())
-    no_trees = torch.zeros(num_reqs, 1, 1, dtype=torch.int32, device=q.device)
-    tree_attention(
-        q,
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        out,
-        cu_seqlens_q,
-        seqused_k,
-        block_table,
-        no_trees[:, 0, 0],
-        no_trees[:, 0],
-        no_trees,
-        max_query_len=max_seqlen_q,
-        scale=softmax_scale,
-        sliding_window=None if window_size[0] < 0 else window_size[0] + 1,
-        soft_cap=softcap or None,
-        sinks=s_aux,
-    )
-    return out
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a paged cache; rows that see nothing get zeros and, as in version 2,
+    a logarithm of plus infinity."""
+    query_lens, num_keys = cu_seqlens_q.diff().tolist(), seqused_k.tolist()
+    assert fa_version in (2, 3), "all that is asked of it"
+    assert len(query_lens) == len(num_keys) == len(block_table)
+    assert sum(query_lens) == len(q) and cu_seqlens_q[0] == 0
+    assert max_seqlen_q >= max(query_lens) and max_seqlen_k >= max(num_keys)
+    output = torch.zeros_like(q) if out is None else out
+    log_sums = q.new_full(q.shape[1::-1], torch.inf, dtype=torch.float32)
+    for req, (query_len, num_seen) in enumerate(zip(query_lens, num_keys, strict=True)):
+        rows = slice(int(cu_seqlens_q[req]), int(cu_seqlens_q[req + 1]))
+        if num_seen == 0:
+            output[rows] = 0
+            continue
+        keys, values = (
+            cache[block_table[req].long()].flatten(0, 1)[:num_seen].float()
+            for cache in (k, v)
+        )
+        query = q[rows].float().reshape(query_len, keys.shape[1], -1, q.shape[2])
+        scores = torch.einsum("qhgd,khd->hgqk", query, keys) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(num_seen - query_len, num_seen)[:, None]
+        distance = distance - torch.arange(num_seen)
+        hidden = (distance < 0) & causal
+        if window_size[0] >= 0:
+            hidden |= distance > window_size[0]
+        scores = scores.masked_fill(hidden, -torch.inf).flatten(0, 1)
+        if s_aux is not None:
+            sinks = s_aux.float()[:, None, None].expand(-1, query_len, 1)
+            scores = torch.cat([scores, sinks], dim=2)
+        log_sums[:, rows] = scores.logsumexp(2)
+        weights = scores.softmax(2)[..., :num_seen]
+        weights = weights.reshape(keys.shape[1], -1, query_len, num_seen)
+        attended = torch.einsum("hgqk,khd->qhgd", weights, values)
+        output[rows] = attended.flatten(1, 2).to(q.dtype)
+    return (output, log_sums) if return_softmax_lse else output

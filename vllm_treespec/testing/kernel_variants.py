@@ -40,12 +40,14 @@ def attention_of(
         "output_stride_token": "i32",
         "output_stride_head": "i32",
         "log_sums_ptr": None,
-        "log_sums_stride": "i32",
+        "log_sums_stride_token": "i32",
+        "log_sums_stride_head": "i32",
         "sinks_ptr": None,
         "key_scale_ptr": scale,
         "value_scale_ptr": scale,
         "query_start_loc_ptr": "*i32",
         "seq_lens_ptr": "*i32",
+        "first_keys_ptr": None,
         "block_table_ptr": "*i32",
         "block_table_stride": "i32",
         "num_nodes_ptr": "*i32",
@@ -87,7 +89,8 @@ def merge_segments(dtype: str, head_size: int, segments: int) -> Arguments:
         "output_stride_token": "i32",
         "output_stride_head": "i32",
         "log_sums_ptr": None,
-        "log_sums_stride": "i32",
+        "log_sums_stride_token": "i32",
+        "log_sums_stride_head": "i32",
         "sinks_ptr": None,
         "query_start_loc_ptr": "*i32",
         "num_reqs": "i32",
@@ -449,6 +452,9 @@ SIGNATURES: dict[str, Arguments] = {
     ),
     "tree_attention:_tree_attention_kernel bf16 sinks": tree_attention(
         "bf16", 8, 64, SLIDING_WINDOW=128, sinks_ptr="*bf16", log_sums_ptr="*fp32"
+    ),
+    "tree_attention:_tree_attention_kernel bf16 tree alone": tree_attention(
+        "bf16", 4, 128, first_keys_ptr="*i32", log_sums_ptr="*fp32"
     ),
     "tree_attention:_tree_attention_kernel e4m3": quantized("fp8e4nv", "bf16"),
     "tree_attention:_tree_attention_kernel e4m3 split sinks": quantized(
