@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.config import TreeSpecConfig, max_candidates
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose.sequoia import expected_tokens, optimal_template
 from vllm_treespec.core.propose.shapes import BestFirst, FixedShape
@@ -288,7 +288,9 @@ def replay_merged(bench: Bench, text: str, outcomes: Outcomes) -> list[MergedRow
         alone = [bench.alone(source, nodes) for source in (draft, small)]
         suffix = bench.merged([bench.suffix(nodes)], nodes)
         both = bench.merged([draft, small], nodes)
-        with_suffix = bench.merged([draft, bench.suffix(nodes)], nodes)
+        with_suffix = bench.merged(
+            [draft, bench.suffix(max_candidates(2, nodes))], nodes
+        )
         outcomes |= {
             (text, "merged", nodes): both,
             (text, "better", nodes): max(alone, key=lambda each: each.tokens_per_step),

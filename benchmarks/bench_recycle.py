@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from vllm_treespec.config import TreeSpecConfig
+from vllm_treespec.config import TreeSpecConfig, max_candidates
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose.ngram import NgramProposer
@@ -184,7 +184,9 @@ class Result(NamedTuple):
 def run(
     makers: Iterable[Callable[[int], Source]], workload: Workload, num_nodes: int
 ) -> Result:
-    sources = [Timed(make(num_nodes)) for make in makers]
+    makers = tuple(makers)
+    room = max_candidates(len(makers), num_nodes)
+    sources = [Timed(make(room)) for make in makers]
     drafter: Drafter = (
         Alone(sources[0], num_nodes, BATCH)
         if len(sources) == 1

@@ -14,6 +14,10 @@ T = TypeVar("T")
 METHOD = "treespec"
 MAX_NODES = 1024
 MAX_PROPOSERS = 31  # one bit each
+# Of one proposer for each node of a tree that several share. Four are no better, and
+# neither are more than these for one tree.
+CANDIDATES_PER_NODE = 2
+ENOUGH_CANDIDATES = 64
 
 
 class ConfigError(ValueError):
@@ -397,6 +401,11 @@ class TreeSpecConfig:
         return self.rule != "target_only" and temperature > 0 and temperature >= least
 
     @property
+    def max_candidates(self) -> int:
+        """Of one proposer, each step."""
+        return max_candidates(len(self.proposers), self.num_speculative_tokens)
+
+    @property
     def num_drawn(self) -> int:
         """Nodes of a tree that are drawn from a draft model, if any are. Other
         proposers' candidates share the tree with them."""
@@ -523,6 +532,17 @@ KERNELS = ("auto", "triton", "torch")
 # on an H100 (NVIDIA's data sheets, dense).
 DEFAULT_ROWS = 256
 REQUEST_PREFIX = "treespec_"  # of our names among a request's ``extra_args``
+
+
+def max_candidates(num_proposers: int, num_nodes: int) -> int:
+    """Of one proposer, for trees of ``num_nodes``.
+
+    Several proposers offer more than the tree has room for: where they meet, one tells
+    what another's nodes are worth.
+    """
+    if num_proposers == 1:
+        return num_nodes
+    return max(num_nodes, min(num_nodes * CANDIDATES_PER_NODE, ENOUGH_CANDIDATES))
 
 
 def _parse_request(

@@ -11,6 +11,7 @@ from vllm_treespec.config import (
     SuffixConfig,
     TreeSpecConfig,
 )
+from vllm_treespec.core.propose.factory import make_proposers
 
 
 def test_defaults_need_nothing_but_the_method():
@@ -285,6 +286,29 @@ def test_defaults_obey_the_same_bounds():
         both(request_defaults={"max_nodes": 64, "proposers": ["draft_model"]})
     assert "tree.request_defaults.max_nodes=64: must be in [0, 31]" in str(error.value)
     assert "'draft_model' is none of ['suffix', 'ngram']" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("proposers", "num_nodes", "expected"),
+    [
+        ([NgramConfig()], 8, 8),
+        ([NgramConfig()], 500, 500),
+        ([NgramConfig(), RecycleConfig()], 1, 2),
+        ([NgramConfig(), RecycleConfig()], 8, 16),
+        ([NgramConfig(), RecycleConfig()], 31, 62),
+        ([NgramConfig(), RecycleConfig()], 33, 64),
+        ([NgramConfig(), RecycleConfig()], 64, 64),
+        ([NgramConfig(), RecycleConfig()], 500, 500),
+    ],
+)
+def test_proposers_that_share_a_tree_offer_more_than_it_holds(
+    proposers, num_nodes, expected
+):
+    config = TreeSpecConfig(
+        num_speculative_tokens=num_nodes, proposers=tuple(proposers)
+    )
+    assert config.max_candidates == expected
+    assert make_proposers(config, max_num_reqs=1)[0].max_nodes == expected
 
 
 def test_all_requests_share_at_least_the_rows_of_one_whole_tree():

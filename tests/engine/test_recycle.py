@@ -46,6 +46,10 @@ def test_greedy_tokens_are_those_of_no_speculation(
         num_speculative_tokens=10,
         **options,
     )
+    speculator = engine.runner.speculator
+    # Who shares a tree offers more than it holds.
+    assert speculator.drafts.recycle.recycler.num_candidates == (20 if others else 10)
+    assert speculator.builder.candidates.token_ids.shape[2] == (20 if others else 10)
     assert engine.greedy(batch, 32) == plain
     # What was said once is in the table, which makes the second time easier.
     before = len(acceptance.lengths)
@@ -53,7 +57,8 @@ def test_greedy_tokens_are_those_of_no_speculation(
     if not others:
         num_steps = len(acceptance.lengths) - before
         assert sum(acceptance.lengths[before:]) > num_steps / 2
-    assert engine.runner.speculator.drafts.recycle is not None  # was not dismissed
+    assert speculator.drafts.recycle is not None  # was not dismissed
+    assert speculator.hosted is None or not speculator.hosted.faulty
 
 
 def test_sampled_tokens_are_right_and_nothing_waits_for_the_device(

@@ -7,8 +7,9 @@ under ancestors (as in SpecExec, arXiv:2406.02532, and OPT-Tree, arXiv:2406.1727
 
 What a proposer's word is worth depends on the company: a child that others propose as
 well is right more often than one beside which they propose something else. So every
-proposer is heard as a voice of its own in each company. Voices are mixed child by child,
-as odds given the parent (``mix``), and children's log-probs add up along paths.
+proposer is heard as a voice of its own in each company, and offers more than a tree has
+room for, which lets proposers meet. Voices are mixed child by child, as odds given the
+parent (``mix``), and children's log-probs add up along paths.
 """
 
 from __future__ import annotations

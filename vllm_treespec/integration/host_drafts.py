@@ -43,7 +43,7 @@ class HostDrafts:
         ]
         self.pool = ProposerPool(
             proposers,
-            max_candidates=config.num_speculative_tokens,
+            max_candidates=config.max_candidates,
             vocab_size=vllm_config.model_config.get_vocab_size(),
             timeout=config.draft_timeout_ms / 1e3,
         )

@@ -49,7 +49,7 @@ class Recycle:
             vocab_size=vocab_size,
             k=config.k,
             depth=config.depth,
-            max_nodes=vllm_config.num_speculative_tokens,
+            max_nodes=out.token_ids.shape[1],
             device=device,
         )
         logger.info(

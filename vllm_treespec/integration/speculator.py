@@ -85,7 +85,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.kernels,
             self.trees,
             num_proposers=len(config.proposers),
-            max_candidates=config.num_speculative_tokens,
+            max_candidates=config.max_candidates,
         )
         # One rank drafts on the host for all: ranks whose trees differ would verify
         # garbage. Draft models run on every rank, as vLLM's own do.

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
+from vllm_treespec.config import max_candidates
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
@@ -296,7 +297,7 @@ class Merged:
             kernels,
             self._trees,
             num_proposers=len(sources),
-            max_candidates=num_nodes,
+            max_candidates=max_candidates(len(sources), num_nodes),
         )
         self._max_nodes = torch.full((max_num_reqs,), num_nodes, dtype=torch.int32)
         self._chain_only = torch.zeros_like(self._max_nodes)

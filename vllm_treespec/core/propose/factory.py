@@ -19,7 +19,7 @@ from vllm_treespec.core.propose.template import TreeTemplate
 def make_proposers(config: TreeSpecConfig, *, max_num_reqs: int) -> list[Proposer]:
     """One per entry of ``tree.proposers`` that drafts on the host, in that order."""
     return [
-        _make(each, max_num_reqs, config.num_speculative_tokens)
+        _make(each, max_num_reqs, config.max_candidates)
         for each in config.hosted_proposers
     ]
 
