@@ -275,8 +275,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
         speculative = tree and {
             "method": "treespec",
             "num_speculative_tokens": num_speculative_tokens,
-            # Whole trees, however many requests; other limits have their own tests.
-            "tree": {"max_rows": 2**16, **tree},
+            # Whole trees, however many requests and however busy the machine; the
+            # limits have their own tests.
+            "tree": {"max_rows": 2**16, "draft_timeout_ms": 60_000, **tree},
         }
         if async_scheduling:
             options["async_scheduling"] = True

@@ -69,7 +69,7 @@ def test_two_ranks_keep_the_tokens(tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1100,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "identical" in result.stdout
