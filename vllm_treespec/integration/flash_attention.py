@@ -21,9 +21,9 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_treespec.core.attend import CausalTail, causal_tail
-from vllm_treespec.integration.flash_trial import Heads, Trial, trials
+from vllm_treespec.integration.flash_trial import SEQ_LENS, Heads, Trial, trials
 from vllm_treespec.kernels.attention_plan import Region, regions
-from vllm_treespec.kernels.reference.tree_attention import tree_attention
+from vllm_treespec.kernels.reference.tree_attention import tree_attention as twin
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -55,7 +55,9 @@ class FlashAttention:
         self._max_num_keys = max_num_keys
         self._device = device
         # Keys of earlier steps, at an address that CUDA graphs can keep.
-        self._num_context = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._num_context = torch.zeros(
+            max(max_num_reqs, len(SEQ_LENS)), dtype=torch.int32, device=device
+        )
         self._num_known_keys = 0  # that the longest request is known to have at most
         self._takes_contexts = False  # of some layers, sometimes
         self._verdicts: dict[Heads, bool] = {}
@@ -96,6 +98,7 @@ class FlashAttention:
         if heads not in self._verdicts:
             verdict = self._version_for(heads) in VERSIONS and self._agrees(heads)
             self._verdicts[heads] = verdict
+            self._takes_contexts |= verdict and self._may_take_context(heads)
             logger.info(
                 "Requests without trees attend by %s in layers of %s",
                 "FlashAttention" if verdict else "our own kernel",
@@ -138,13 +141,15 @@ class FlashAttention:
 
     def takes_context(self, heads: Heads, max_query_len: int) -> bool:
         """Whether ``around`` is the faster way for the requests with trees."""
-        if heads.sliding_window is not None:  # which depth measures, not the slot
-            return False
         rows = max_query_len * (heads.num_heads // heads.num_kv_heads)
-        return any(
+        return self._may_take_context(heads) and any(
             region.has(rows, self._num_known_keys)
             for region in self._regions_for(heads.head_size)
         )
+
+    def _may_take_context(self, heads: Heads) -> bool:
+        # A sliding window is one of depths, not of slots.
+        return heads.sliding_window is None and bool(self._regions_for(heads.head_size))
 
     def around(self, heads: Heads, tree_attention: Callable[..., None]) -> Any:
         """``tree_attention`` in three launches: FlashAttention over the keys of earlier
@@ -248,13 +253,12 @@ class FlashAttention:
         self.tail, self._num_known_keys = trial.tail, trial.tail.max_num_keys
         if not trial.agrees(attend_tail, has_trees=False):
             return False
-        if heads.sliding_window is not None or not self._regions_for(heads.head_size):
-            return True  # keys of earlier steps are never asked for
-        self._takes_contexts = True
+        if not self._may_take_context(heads):
+            return True
         self.count_context(
             trial.arguments["seq_lens"], trial.arguments["query_start_loc"]
         )
-        return trial.agrees(self.around(heads, tree_attention), has_trees=True)
+        return trial.agrees(self.around(heads, twin), has_trees=True)
 
 
 def find_flash_attention(
