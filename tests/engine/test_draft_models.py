@@ -217,7 +217,7 @@ def test_chunked_prefill_beside_trees(
         long_and_short,
         mix=mix,
         max_num_batched_tokens=64,
-        max_tokens=20,
+        max_tokens=32,
         async_scheduling=async_scheduling,
     )
     assert acceptance.off_first_branch > 0
