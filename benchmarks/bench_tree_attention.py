@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,10 +157,6 @@ def tree_us(batch: Batch, split: SplitBuffers | None) -> float:
     return batch.checked_us(attend)
 
 
-def flash_attention_version() -> int:
-    return 3 if torch.cuda.get_device_capability()[0] == 9 else 2
-
-
 def merged_us(batch: Batch) -> float:
     kind = kind_of_layer(HEADS.num_heads, HEADS.num_kv_heads, HEADS.head_size)
     attend = attend_apart(kind, batch.tensors, BLOCK_SIZE)
@@ -176,7 +171,7 @@ def merged_us(batch: Batch) -> float:
 
 def qq_bias_us(batch: Batch) -> float:
     # The interpreter takes its `and` of two tensors for Python's.
-    if not ON_GPU or find_spec("vllm") is None:
+    if not ON_GPU:
         return NOTHING
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
@@ -241,7 +236,7 @@ def flex_us(batch: Batch) -> float:
 
 
 def fa3_chain_us(batch: Batch) -> float:
-    if not ON_GPU or find_spec("vllm") is None or flash_attention_version() != 3:
+    if not ON_GPU or torch.cuda.get_device_capability()[0] != 9:
         return NOTHING
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
