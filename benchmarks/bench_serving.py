@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -40,10 +41,14 @@ from inflated_engine import (
     start,
     worst_choice,
 )
+from vllm.utils.import_utils import has_arctic_inference
 
 from vllm_treespec.testing.bench import print_table
 
 NONE = "none"
+SUFFIX = "suffix in V1"
+# Of vLLM. On a CPU, V1 does with torch what V2 does by interpreted Triton kernels.
+CHAINS = ("ngram", "draft_model") if ON_CPU else ("ngram", "draft_model", SUFFIX)
 WARM_UP = 4  # tokens
 # Of each engine, in bytes: 64 requests of 256 tokens in an 8B and a 1B model take 2.5 GiB.
 KV_CACHE = 2**26 if ON_CPU else 4 * 2**30
@@ -107,6 +112,16 @@ def methods(models: Models, extent: Extent) -> dict[str, dict[str, Any] | None]:
             }
             for length in extent.chains
         },
+        **(
+            {
+                f"{SUFFIX}, {extent.num_nodes}": {
+                    "method": "suffix",
+                    "num_speculative_tokens": extent.num_nodes,
+                }
+            }
+            if has_arctic_inference()
+            else {}
+        ),
         **{
             f"treespec {name}, {extent.num_nodes}": {
                 "method": "treespec",
@@ -255,7 +270,7 @@ def rows_of(runs: Runs) -> list[Row]:
         chain = max(
             median(speeds(each))
             for other, each in alike.items()
-            if other.startswith(("ngram", "draft_model"))
+            if other.startswith(CHAINS)
         )
         num_steps = sum(run.num_steps for run in rounds)
         rows.append(
@@ -274,7 +289,13 @@ def rows_of(runs: Runs) -> list[Row]:
 
 
 def ratios_of(rows: list[Row]) -> list[Ratios]:
-    return [Ratios(*(getattr(row, name) for name in Ratios._fields)) for row in rows]
+    ratios = [Ratios(*(getattr(row, name) for name in Ratios._fields)) for row in rows]
+    return [
+        row._replace(speed_up="-", speed_up_over_chains=math.nan)
+        if row.method.startswith(SUFFIX)
+        else row
+        for row in ratios
+    ]
 
 
 NOTES = """\
@@ -292,12 +313,24 @@ in. tokens_per_s: of all requests, prefill included. ms_per_token: between a req
 tokens, on average. speed_up: over no speculation in the same round, median and range.
 speed_up_over_chains: over vLLM's best one in this setting.
 
-vLLM's own `suffix` is missing: Model Runner V2, in which everything here runs, does not
-support it, and it needs the package arctic-inference.
+Everything here runs in vLLM's Model Runner V2, except its own `suffix`, which only V1
+has and which drafts as many tokens as it finds likely, {num_nodes} at most:
+{suffix}. Without torch.compile,
+steps in which requests have different numbers of drafts run without graphs: those of
+vLLM's ngram and suffix.
 
 worst_choice: how far the least likely token of any answer was behind the likeliest, in
 logits of the small target in float32; {tie} is allowed for rounding.
 """
+
+
+SUFFIX_NOTE = (
+    "it needs the package arctic-inference, and without it is missing"
+    if not has_arctic_inference()
+    else "on a CPU its times are another runner's and compare with nothing"
+    if ON_CPU
+    else "some of its speed-up, or of its loss, is the runner's"
+)
 
 
 def main() -> None:
@@ -320,6 +353,8 @@ def main() -> None:
             prompt_len=PROMPT_LEN,
             num_tokens=extent.num_tokens,
             num_rounds=num_rounds,
+            num_nodes=extent.num_nodes,
+            suffix=SUFFIX_NOTE,
             tie=TIE,
         )
         command = " ".join(["python benchmarks/bench_serving.py", *sys.argv[1:]])

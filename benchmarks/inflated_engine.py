@@ -16,7 +16,6 @@ if ON_CPU := not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -33,6 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 import vllm
+import vllm.envs as envs
 from transformers import LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.model_executor.model_loader import register_model_loader
@@ -141,6 +141,7 @@ def start(
     kv_cache_bytes: int,
 ) -> LLM:
     """An engine beside any others; ``speculative`` is vLLM's speculative_config."""
+    choose_model_runner(speculative)
     options: dict[str, Any] = {"enforce_eager": True}
     if not ON_CPU:
         # Whole steps in CUDA graphs without torch.compile, which takes minutes for each.
@@ -164,6 +165,13 @@ def start(
         use_tqdm_on_load=False,
         **options,
     )
+
+
+def choose_model_runner(speculative: dict[str, Any] | None) -> None:
+    """V2, which does not know vLLM's suffix decoding."""
+    is_suffix = speculative is not None and speculative["method"] == "suffix"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0" if is_suffix else "1"
+    envs.disable_envs_cache()  # the last engine's choice
 
 
 @dataclass
@@ -220,8 +228,13 @@ def decode(
 
 def forget(llm: LLM) -> None:
     """What proposers with a memory have read: the next run is about other text."""
-    if has_trees(llm.llm_engine.vllm_config):
+    config = llm.llm_engine.vllm_config
+    if has_trees(config):
         llm.collective_rpc("treespec_clear")
+    elif config.speculative_config and config.speculative_config.method == "suffix":
+        core: Any = llm.llm_engine.engine_core
+        runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        runner.drafter = type(runner.drafter)(config)
 
 
 def held_out_prompts(count: int) -> list[list[int]]:

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from vllm_treespec.integration import speculator as speculator_module
+from vllm_treespec.integration.attention import TreeForward
 from vllm_treespec.integration.flash_attention import FlashAttention
 from vllm_treespec.integration.model_state import TreeModelState
 from vllm_treespec.kernels.attention_plan import Region
 from vllm_treespec.testing.flash_attention import flash_attn_varlen_func
+from vllm_treespec.testing.no_sync import NoSync
 
 
 class Asked:
     """Puts a stand-in for FlashAttention into engines, and sees what it is asked."""
 
-    def __init__(self, monkeypatch, regions=()):
+    def __init__(self, monkeypatch, regions=(), function=flash_attn_varlen_func):
         self.batches = []  # query lengths of each layer whose tail was served
         self.num_contexts = 0  # layers whose earlier keys were attended apart
         self.before = []  # per step, requests before the tail; None: no tail
@@ -26,7 +28,7 @@ class Asked:
                 asked.batches.append(arguments["cu_seqlens_q"].diff().tolist())
             else:
                 asked.num_contexts += 1
-            return flash_attn_varlen_func(**arguments)
+            return function(**arguments)
 
         def find(vllm_config, device):
             return FlashAttention(
@@ -117,3 +119,33 @@ def test_drafts_by_the_targets_own_layers_do_not_ask(
         len(asked.batches) == num_tails * engine.runner.model.config.num_hidden_layers
     )
     assert not engine.runner.speculator.drafts.faulty
+
+
+def test_neither_asking_nor_merging_waits_for_the_device(
+    model_path, prompts, start, plain_greedy, monkeypatch
+):
+    model, batch = model_path("llama"), prompts(5, longest=60)
+    plain = plain_greedy(model, batch, 20, **CHUNKS)
+    watch, choose = NoSync(), speculator_module.choose_kernels
+    asked = Asked(monkeypatch, [ALL], watch.counted("flash", flash_attn_varlen_func))
+    monkeypatch.setattr(
+        speculator_module, "choose_kernels", lambda *args: watch.wrap(choose(*args))
+    )
+    calls = dict.fromkeys(("begin", "forward"), 0)
+    for owner, method in ((FlashAttention, "begin"), (TreeForward, "forward")):
+        original = getattr(owner, method)
+
+        def watched(*args, original=original, method=method, **options):
+            calls[method] += 1
+            with watch:
+                return original(*args, **options)
+
+        monkeypatch.setattr(owner, method, watched)
+    engine = start(
+        model,
+        truths=[p + o for p, o in zip(batch, plain, strict=True)],
+        **CHUNKS,
+    )
+    asked.forget()
+    assert engine.greedy(batch, 20) == plain
+    assert min(calls.values()) > 4 and asked.num_contexts > 0 and any(asked.before)

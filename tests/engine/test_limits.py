@@ -10,6 +10,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
+from vllm_treespec.integration.speculator import TreeSpeculator
+from vllm_treespec.integration.worth import Worth
 
 K = 8
 LIMITS = [
@@ -185,3 +187,34 @@ def test_the_more_requests_the_smaller_their_trees(
         if each.name == "vllm:treespec_steps_without_drafts"
     }
     assert reasons["busy"] >= 8
+
+
+def test_while_nobody_drafts_nothing_is_scheduled_for_drafts(
+    model_path, prompts, start, plain_greedy, seen, monkeypatch
+):
+    """With async scheduling, placeholders are scheduled before drafts are known."""
+    calls = 0
+
+    def drafting(worth: Worth) -> list[bool]:
+        return [not 10 <= calls < 30]
+
+    def propose(speculator: Any, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(speculator, *args, **options)
+
+    original = TreeSpeculator.propose
+    monkeypatch.setattr(TreeSpeculator, "propose", propose)
+    monkeypatch.setattr(Worth, "drafting", property(drafting))
+    batch = prompts(3)
+    expected = plain_greedy(model_path("llama"), batch, 100)
+    tree = {"proposers": [{"type": "recycle"}]}
+    engine = start(
+        model_path("llama"), tree=tree, num_speculative_tokens=K, async_scheduling=True
+    )
+    calls = 0
+    assert engine.greedy(batch, 100) == expected
+    assert calls > 40
+    # Of all steps only those with drafts are seen: two more until the scheduler knows.
+    assert calls - 20 <= len(seen.steps) + 4 and len(seen.steps) < calls - 15
+    assert all(rows == K for step in seen.steps for rows, _ in step.values())

@@ -46,6 +46,18 @@ def nodes_by_batch_size(
     return ranges
 
 
+def graphed_batches(first: int, last: int) -> list[int]:
+    """Batch sizes with CUDA graphs, so that each of these batches fits into one.
+
+    A batch is padded to the next of them, by an eighth at most: each graph takes memory.
+    """
+    sizes = set()
+    for num_reqs in range(first, last + 1):
+        step = 1 << max(0, num_reqs.bit_length() - 4)  # eight to every power of two
+        sizes.add(min(last, -(-num_reqs // step) * step))
+    return sorted(sizes)
+
+
 class RequestLimits:
     """What every request slot asked for."""
 

@@ -28,6 +28,7 @@ class Report:
 
     increments: Increments
     verified: list[int]  # per request of the output, nodes verified
+    rests: bool = False  # nobody drafts for the time being
 
 
 @dataclass
@@ -72,6 +73,7 @@ def wrap_update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
         report: Report | None = vars(model_runner_output).pop(REPORT, None)
         if report is not None:
             self.treespec_increments = report.increments
+            self.treespec_rests = report.rests
             _discount_padding(scheduler_output, model_runner_output.req_ids, report)
         return original(self, scheduler_output, model_runner_output)
 

@@ -26,6 +26,7 @@ class PendingReport:
     num_scheduled: int  # drafts, of all requests
     decodes: npt.NDArray[np.bool_]  # [num_reqs], False: in its prefill
     reasons: npt.NDArray[np.int8]  # [num_reqs], why there would be no drafts
+    rests: bool = False  # no proposer drafts for the time being
 
     def finish(self) -> Report:
         """The counts' copy must have arrived."""
@@ -37,7 +38,7 @@ class PendingReport:
         self.increments["steps_without_drafts"] = np.bincount(
             idle, minlength=len(NO_DRAFT_REASONS)
         ).tolist()
-        return Report(self.increments, verified.tolist())
+        return Report(self.increments, verified.tolist(), self.rests)
 
     def _add_counts(self, counts: StepCounts) -> None:
         sizes = counts.verified[counts.verified > 0]
@@ -77,10 +78,13 @@ class Reporter:
         )
         self._counts = None
 
-    def take(self, totals: Increments, gauges: Increments) -> PendingReport | None:
+    def take(
+        self, totals: Increments, gauges: Increments, *, rests: bool = False
+    ) -> PendingReport | None:
         """The step's report, with what was added to these totals since the last."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            pending.rests = rests
             pending.increments |= self._since_last(totals) | gauges
         return pending
 

@@ -49,7 +49,8 @@ def wrap_validate_params(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_update_after_schedule(original: Callable[..., None]) -> Callable[..., None]:
-    """Schedule no more placeholders for drafts than the request takes.
+    """Schedule no more placeholders for drafts than the request takes, and none while
+    nobody drafts.
 
     The synchronous scheduler is handed drafts, which are few enough already.
     """
@@ -59,9 +60,10 @@ def wrap_update_after_schedule(original: Callable[..., None]) -> Callable[..., N
         original(self, scheduler_output)
         if not has_trees(self.vllm_config):
             return
+        rests = vars(self).get("treespec_rests", False)  # as the last report says
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[req_id]
-            limit = _max_nodes(self, request)
+            limit = 0 if rests else _max_nodes(self, request)
             if len(request.spec_token_ids) > limit:
                 # One list serves all requests: make a shorter one.
                 request.spec_token_ids = request.spec_token_ids[:limit]

@@ -275,6 +275,19 @@ HOOKS = (
         "proposers run and trees are built",
     ),
     Hook(
+        f"{_GPU}.cudagraph_utils:CudaGraphManager.dispatch",
+        (
+            "self",
+            "num_reqs",
+            "num_tokens",
+            "uniform_token_count",
+            "num_active_loras",
+            "max_query_len",
+            "num_ubatches",
+        ),
+        "decode batches are replayed from the graphs that were chosen for them",
+    ),
+    Hook(
         f"{_GPU}.model_states:resolve_model_state_cls",
         ("vllm_config", "model"),
         "models with recurrent or cross-attention state are refused",

@@ -64,7 +64,7 @@ def settle_schedule(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
 
 def max_num_rows(vllm_config: VllmConfig) -> int:
     """Rows of a forward pass that are sampled from, at most."""
-    num_rows = max(last * (nodes + 1) for _, last, nodes in _applied(vllm_config))
+    num_rows = max(last * (nodes + 1) for _, last, nodes in tiers(vllm_config))
     speculative = vllm_config.speculative_config
     assert speculative is not None
     if speculative.num_speculative_tokens_per_batch_size is None:
@@ -75,10 +75,10 @@ def max_num_rows(vllm_config: VllmConfig) -> int:
 
 def max_num_drafting(vllm_config: VllmConfig) -> int:
     """Requests that are drafted for in one step, at most."""
-    return max(last for _, last, nodes in _applied(vllm_config) if nodes > 0)
+    return max(last for _, last, nodes in tiers(vllm_config) if nodes > 0)
 
 
-def _applied(vllm_config: VllmConfig) -> Schedule:
+def tiers(vllm_config: VllmConfig) -> Schedule:
     """The schedule, up to the largest batch."""
     speculative = vllm_config.speculative_config
     assert speculative is not None

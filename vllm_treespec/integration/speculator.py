@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,14 @@ class TreeSpeculator(DraftModelSpeculator):
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, req_states: Any
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        req_states: Any,
+        choose_graphs: Callable[[], None],
     ) -> None:
         config = from_vllm_config(vllm_config)
+        self._choose_graphs = choose_graphs  # of the target's decode steps
         self._config = config
         self.vllm_config = vllm_config
         self.device = device
@@ -184,7 +189,9 @@ class TreeSpeculator(DraftModelSpeculator):
             draft.set_cache(kv_cache_config, block_tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Draft models keep their own graphs, see ``capture``."""
+        """The target's graphs are about to be captured. Draft models keep their own,
+        see ``capture``."""
+        self._choose_graphs()
 
     def capture(self) -> None:
         """vLLM captures its graphs now, so draft models do as well."""
@@ -353,7 +360,9 @@ class TreeSpeculator(DraftModelSpeculator):
         totals["proposer_faults"] = [
             float(index in faults) for index in range(len(self._names))
         ]
-        pending = self._reporter.take(totals, gauges)
+        drafting = enumerate(self._worth.drafting)
+        rests = not any(drafts and index not in faults for index, drafts in drafting)
+        pending = self._reporter.take(totals, gauges, rests=rests)
         return pending if self._ranks.is_first_rank else None
 
     def _note_reasons(

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_treespec.integration.attention import tree_backend
+from vllm_treespec.integration.decode_graphs import choose_decode_graphs
 from vllm_treespec.integration.grammar import DraftTrees
 from vllm_treespec.integration.layer_skip import LayerSkip
 from vllm_treespec.integration.reports import ReportedOutput
@@ -26,7 +27,10 @@ class TreeWorker(PlatformWorker):
         super().init_device()
         runner = self.model_runner
         runner.speculator = TreeSpeculator(
-            self.vllm_config, runner.device, runner.req_states
+            self.vllm_config,
+            runner.device,
+            runner.req_states,
+            lambda: choose_decode_graphs(runner.cudagraph_manager, self.vllm_config),
         )
 
     def load_model(self, **options: Any) -> None:

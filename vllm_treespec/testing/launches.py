@@ -46,17 +46,19 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         """The same kernels, each counted as one launch."""
         return KernelSet(
             **{
-                name: self._counted(name, getattr(kernels, name))
+                name: self.counted(name, getattr(kernels, name))
                 for name in KernelSet.__slots__
             }
         )
 
-    def _counted(self, name: str, kernel: Callable[..., None]) -> Callable[..., None]:
-        def counted(*args: Any, **options: Any) -> None:
+    def counted(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts as one launch, whatever it is made of here."""
+
+        def counted(*args: Any, **options: Any) -> Any:
             self._add(name)
             self._in_kernel = True
             try:
-                kernel(*args, **options)
+                return kernel(*args, **options)
             finally:
                 self._in_kernel = False
 
