@@ -130,6 +130,7 @@ def make_step(num_reqs: int, num_drafts: int, shape: str) -> Step:
                 *(slots, cu_num_logits, target_ids),
                 *(tree_tokens, tree_parents, num_in_tree),
                 *(sampled, num_sampled, paths, path_lens),
+                *(tree_proposers, step_counts),
             ),
             count=(
                 *(slots, cu_num_logits, num_in_tree, tree_parents, tree_proposers),

@@ -8,6 +8,40 @@ from vllm_treespec.kernels.bins import NUM_RANKS
 
 
 @triton.jit
+def store_counts(
+    counts_ptr,
+    verified,
+    length,
+    ranks,  # [BLOCK_RANKS]
+    by_rank,  # [BLOCK_RANKS] int64
+    nodes,  # [BLOCK_NODES], also depths
+    bits,  # [BLOCK_NODES] by node, 0 where none was verified
+    path_bits,  # [BLOCK_NODES] by depth, 0 for the root and behind the path
+    num_proposers,
+    NUM_RANKS: tl.constexpr,
+):
+    """Write one row of counts, see ``count_step``."""
+    tl.store(counts_ptr, verified.to(tl.int64))
+    tl.store(counts_ptr + 1 + ranks, by_rank, mask=ranks < NUM_RANKS)
+    is_accepted = (nodes > 0) & (nodes <= length)
+    drafted_ptr = counts_ptr + 1 + NUM_RANKS
+    accepted_ptr = drafted_ptr + num_proposers
+    emitted_ptr = accepted_ptr + num_proposers
+    tl.store(emitted_ptr, (length + 1).to(tl.int64))
+    for proposer in range(num_proposers):
+        own = 1 << proposer
+        drafted = tl.sum(((bits & own) != 0).to(tl.int64), axis=0)
+        accepted = tl.sum(((path_bits & own) != 0).to(tl.int64), axis=0)
+        # without the others' nodes the path ends, and what follows is lost with them
+        is_alone = is_accepted & ((path_bits & ~own) == 0)
+        first_alone = tl.min(tl.where(is_alone, nodes, length + 1), axis=0)
+        tl.store(drafted_ptr + proposer, drafted)
+        tl.store(accepted_ptr + proposer, accepted)
+        exclusive = (length + 1 - first_alone).to(tl.int64)
+        tl.store(emitted_ptr + 1 + proposer, exclusive)
+
+
+@triton.jit
 def _count_step_kernel(
     slots_ptr,
     cu_num_logits_ptr,
@@ -48,27 +82,40 @@ def _count_step_kernel(
         is_better = (parents == tl.load(parents_ptr + node)) & (nodes < node)
         rank = tl.minimum(tl.sum(is_better.to(tl.int32), axis=0), NUM_RANKS - 1)
         by_rank += (ranks == rank).to(tl.int64)
-    tl.store(counts_ptr, verified.to(tl.int64))
-    tl.store(counts_ptr + 1 + ranks, by_rank, mask=ranks < NUM_RANKS)
-
     is_accepted = (nodes > 0) & (nodes <= length)  # by depth
     path = tl.load(paths_ptr + nodes, mask=is_accepted, other=0)
     path_bits = tl.load(proposers_ptr + path, mask=is_accepted, other=0)
-    drafted_ptr = counts_ptr + 1 + NUM_RANKS
-    accepted_ptr = drafted_ptr + num_proposers
-    emitted_ptr = accepted_ptr + num_proposers
-    tl.store(emitted_ptr, (length + 1).to(tl.int64))
-    for proposer in range(num_proposers):
-        own = 1 << proposer
-        drafted = tl.sum(((bits & own) != 0).to(tl.int64), axis=0)
-        accepted = tl.sum(((path_bits & own) != 0).to(tl.int64), axis=0)
-        # without the others' nodes the path ends, and what follows is lost with them
-        is_alone = is_accepted & ((path_bits & ~own) == 0)
-        first_alone = tl.min(tl.where(is_alone, nodes, length + 1), axis=0)
-        tl.store(drafted_ptr + proposer, drafted)
-        tl.store(accepted_ptr + proposer, accepted)
-        exclusive = (length + 1 - first_alone).to(tl.int64)
-        tl.store(emitted_ptr + 1 + proposer, exclusive)
+    store_counts(
+        counts_ptr,
+        verified,
+        length,
+        ranks,
+        by_rank,
+        nodes,
+        bits,
+        path_bits,
+        num_proposers,
+        NUM_RANKS,
+    )
+
+
+def num_proposers_of(
+    counts: torch.Tensor, num_reqs: int, parents: torch.Tensor, proposers: torch.Tensor
+) -> int:
+    """How many proposers' columns ``counts`` has.
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    num_proposers, rest = divmod(counts.shape[1] - 2 - NUM_RANKS, 3)
+    if rest or num_proposers < 1 or counts.shape[0] != num_reqs:
+        raise ValueError(
+            f"counts {tuple(counts.shape)}, expected {num_reqs} rows of "
+            f"{2 + NUM_RANKS} columns and 3 for each proposer"
+        )
+    if (proposers.shape, proposers.stride()) != (parents.shape, parents.stride()):
+        raise ValueError("parents and proposers must have one shape and one stride")
+    return num_proposers
 
 
 def count_step(
@@ -89,14 +136,7 @@ def count_step(
     been lost without it: those from the first on that nobody else proposed.
     """
     num_reqs, max_num_nodes = slots.shape[0], parents.shape[1]
-    num_proposers, rest = divmod(counts.shape[1] - 2 - NUM_RANKS, 3)
-    if rest or num_proposers < 1 or counts.shape[0] != num_reqs:
-        raise ValueError(
-            f"counts {tuple(counts.shape)}, expected {num_reqs} rows of "
-            f"{2 + NUM_RANKS} columns and 3 for each proposer"
-        )
-    if (proposers.shape, proposers.stride()) != (parents.shape, parents.stride()):
-        raise ValueError("parents and proposers must have one shape and one stride")
+    num_proposers = num_proposers_of(counts, num_reqs, parents, proposers)
     if cu_num_logits.shape[0] <= num_reqs:
         raise ValueError(f"{num_reqs} requests need {num_reqs + 1} prefix sums")
     if min(paths.shape[0], path_lens.shape[0]) < num_reqs:

@@ -1,5 +1,7 @@
 import torch
 
+from vllm_treespec.kernels.reference.count_step import count_step
+
 
 def walk_tree(
     slots: torch.Tensor,
@@ -12,6 +14,8 @@ def walk_tree(
     num_sampled: torch.Tensor,
     paths: torch.Tensor,
     path_lens: torch.Tensor,
+    proposers: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> None:
     cu_logits = cu_num_logits.tolist()
     targets = target_ids.tolist()
@@ -42,3 +46,15 @@ def walk_tree(
             paths[row, : len(path)] = torch.tensor(path)
         num_sampled[row] = len(path)
         path_lens[row] = max(len(path) - 1, 0)
+
+    if counts is not None and proposers is not None:
+        count_step(
+            slots,
+            cu_num_logits,
+            num_nodes,
+            parents,
+            proposers,
+            paths,
+            path_lens,
+            counts,
+        )

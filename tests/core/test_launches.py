@@ -6,7 +6,7 @@ import torch
 from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.kernel_set import choose_kernels
-from vllm_treespec.core.observe import count_step
+from vllm_treespec.core.observe import StepCounts
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths, walk_target
 from vllm_treespec.testing.launches import Launches
@@ -45,6 +45,7 @@ class Decoding:
 
     def step(self):
         launches, slots = self.launches, self.slots
+        counts = StepCounts.allocate(len(slots), self.num_proposers, CPU)
         with launches.during("verify"):
             _, num_sampled = walk_target(
                 self.kernels,
@@ -53,16 +54,9 @@ class Decoding:
                 slots,
                 self.cu_num_logits,
                 self.target_ids,
+                counts.counts,
             )
         with launches.during("observe"):
-            counts = count_step(
-                self.kernels,
-                self.trees,
-                self.paths,
-                slots,
-                self.cu_num_logits,
-                self.num_proposers,
-            )
             counts.to_host()
         self.num_tokens[slots] += num_sampled
         with launches.during("learn"):
@@ -78,14 +72,14 @@ class Decoding:
 
 
 @pytest.mark.parametrize("num_proposers", [1, 3])
-def test_a_step_is_nine_launches(num_proposers):
+def test_a_step_is_eight_launches(num_proposers):
     launches = Launches()
     decoding = Decoding(launches, num_proposers)
     with torch.inference_mode(), launches:
         decoding.step()
     assert {phase: dict(names) for phase, names in launches.names.items()} == {
         "verify": {"walk_tree": 1},
-        "observe": {"count_step": 1, "copy_": 1},
+        "observe": {"copy_": 1},
         "learn": {"tally_candidates": 1, "learn_mixture": 1},
         "build": {
             "merge_candidates": 1,

@@ -9,6 +9,7 @@ from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.observe import (
     MAX_RANK,
+    StepCounts,
     count_step,
     draw_tree,
     walk,
@@ -56,7 +57,8 @@ def exclusive(proposers, path, *, length, num_proposers):
     paths.nodes[0], paths.lengths[0] = torch.tensor(path), length
     cu_num_logits = torch.tensor([0, size]).int()
     slots = torch.tensor([0])
-    counts = count_step(KERNELS, trees, paths, slots, cu_num_logits, num_proposers)
+    counts = StepCounts.allocate(1, num_proposers, torch.device("cpu"))
+    count_step(KERNELS, trees, paths, slots, cu_num_logits, counts)
     return counts.exclusive.tolist()
 
 
@@ -111,9 +113,9 @@ def test_a_step_is_counted_like_a_patient_reader_would(seed):
         verified.append(size)
         lengths.append(len(path) - 1)
     cu_num_logits = torch.tensor([0, *accumulate(each + 1 for each in scheduled)]).int()
-    counts = count_step(
-        KERNELS, trees, paths, torch.tensor(slots), cu_num_logits, num_proposers
-    ).to_host()
+    counts = StepCounts.allocate(len(slots), num_proposers, torch.device("cpu"))
+    count_step(KERNELS, trees, paths, torch.tensor(slots), cu_num_logits, counts)
+    counts = counts.to_host()
     assert counts.verified.tolist() == verified
     assert counts.lengths.tolist() == lengths
     found = Counter()
@@ -134,5 +136,6 @@ def test_ranks_past_the_last_are_counted_together():
     slots = torch.tensor([0])
     for node, rank in ((1, 0), (8, 7), (9, 8), (12, 8)):
         paths.nodes[0, 1], paths.lengths[0] = node, 1
-        counts = count_step(KERNELS, trees, paths, slots, torch.tensor([0, 13]), 1)
+        counts = StepCounts.allocate(1, 1, torch.device("cpu"))
+        count_step(KERNELS, trees, paths, slots, torch.tensor([0, 13]), counts)
         assert counts.by_rank.tolist() == [int(each == rank) for each in range(9)]

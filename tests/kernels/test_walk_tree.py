@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from vllm_treespec.kernels.bins import NUM_RANKS
+from vllm_treespec.kernels.reference.count_step import count_step
 from vllm_treespec.kernels.reference.walk_tree import walk_tree as reference
 from vllm_treespec.kernels.walk_tree import walk_tree
 from vllm_treespec.testing.trees import chain_parents, random_parents
@@ -95,6 +97,43 @@ def test_matches_reference(max_num_nodes: int, device: torch.device):
     walk_tree(*arguments, *walk)
     reference(*arguments, *expected)
     torch.testing.assert_close(tuple(walk), tuple(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_proposers", [1, 3])
+@pytest.mark.parametrize("max_num_nodes", [1, 2, 33, 65, 200])
+def test_counts_what_it_walked(
+    max_num_nodes: int, num_proposers: int, device: torch.device
+):
+    gen = torch.Generator().manual_seed(max_num_nodes)
+    num_row_nodes = [max_num_nodes, 0, max_num_nodes // 2, max_num_nodes, 1]
+    num_nodes = [max_num_nodes, 1, max_num_nodes // 3 + 1, 1, *[max_num_nodes] * 3]
+    # more tokens, so that not every path takes first children
+    slots, cu_num_logits, *tree = (
+        int32([5, 3, 0, 2, 6], device),
+        prefix_sums(num_row_nodes, device),
+        torch.randint(5, (sum(num_row_nodes),), generator=gen).to(device),
+        torch.randint(5, (7, max_num_nodes), generator=gen).int().to(device),
+        random_parents(7, max_num_nodes).clamp(max=5).to(device),
+        int32(num_nodes, device),
+    )
+    shape = (7, max_num_nodes)
+    bits = torch.randint(1, 1 << num_proposers, shape, generator=gen)
+    proposers = bits.int().to(device)
+    walk = outputs(5, max_num_nodes, device)
+    wide = torch.full((5, 32), STALE, dtype=torch.int64, device=device)
+    counts = wide[:, 4 : 6 + NUM_RANKS + 3 * num_proposers]
+    walk_tree(slots, cu_num_logits, *tree, *walk, proposers, counts)
+    expected = torch.zeros_like(counts)
+    count_step(
+        *(slots, cu_num_logits, tree[3], tree[2], proposers),
+        *(walk.paths, walk.path_lens, expected),
+    )
+    assert torch.equal(counts, expected)
+    assert (wide[:, :4] == STALE).all() and (
+        wide[:, counts.shape[1] + 4 :] == STALE
+    ).all()
+    if max_num_nodes > 2:
+        assert expected[:, 2 : 1 + NUM_RANKS].sum() > 0
 
 
 def test_follows_the_target_to_a_leaf_and_adds_a_bonus(device: torch.device):

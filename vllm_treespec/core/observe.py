@@ -22,6 +22,14 @@ class StepCounts:
     # [num_reqs, 2 + NUM_RANKS + 3 * num_proposers] int64, see ``count_step``
     counts: torch.Tensor
 
+    @classmethod
+    def allocate(
+        cls, num_reqs: int, num_proposers: int, device: torch.device
+    ) -> StepCounts:
+        """To be written by ``walk_target`` or ``count_step``."""
+        shape = (num_reqs, 2 + NUM_RANKS + 3 * num_proposers)
+        return cls(torch.empty(shape, dtype=torch.int64, device=device))
+
     @property
     def verified(self) -> torch.Tensor:
         """``[num_reqs]`` nodes verified, root excluded."""
@@ -79,11 +87,9 @@ def count_step(
     paths: AcceptedPaths,
     slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
     cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32, rows verified, root included
-    num_proposers: int,
-) -> StepCounts:
+    counts: StepCounts,  # written
+) -> None:
     """Count a verified step; before its trees are replaced. Waits for nothing."""
-    shape = (slots.shape[0], 2 + NUM_RANKS + 3 * num_proposers)
-    counts = torch.empty(shape, dtype=torch.int64, device=slots.device)
     kernels.count_step(
         slots,
         cu_num_logits,
@@ -92,9 +98,8 @@ def count_step(
         trees.proposers,
         paths.nodes,
         paths.lengths,
-        counts,
+        counts.counts,
     )
-    return StepCounts(counts)
 
 
 def accepted_levels(

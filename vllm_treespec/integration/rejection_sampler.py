@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_treespec.core.observe import count_step
 from vllm_treespec.core.verify.target_walk import cut_paths, walk_target
 from vllm_treespec.integration.metrics import VERIFY
 
@@ -60,6 +61,7 @@ class TreeRejectionSampler:
         drafts, num_drawn, scored_logits = speculator.sampled, 0, logits
         if drafts is not None:
             num_drawn = drafts.num_placed(input_batch.idx_mapping_np.tolist())
+        counts = speculator.allocate_counts(input_batch.num_reqs)
         if num_drawn < input_batch.num_reqs:
             target_ids, scored_logits = self._sample(
                 logits, input_batch, wants_logprobs
@@ -71,6 +73,7 @@ class TreeRejectionSampler:
                 slots,
                 cu_num_logits,
                 target_ids,
+                counts.counts,
             )
         else:  # the target's own picks would decide nothing
             num_sampled = torch.zeros_like(slots, dtype=torch.int32)
@@ -92,7 +95,16 @@ class TreeRejectionSampler:
             cut_paths(
                 speculator.paths, sampled, num_sampled, cu_num_logits, invalid_drafts
             )
-        speculator.verified(input_batch, logits, sampled, num_sampled)
+        if num_drawn > 0 or invalid_drafts is not None:  # paths have changed
+            count_step(
+                speculator.kernels,
+                speculator.trees,
+                speculator.paths,
+                slots,
+                cu_num_logits,
+                counts,
+            )
+        speculator.verified(input_batch, logits, sampled, num_sampled, counts)
         logprobs = None
         if logprobs_dims is not None:
             logprobs = self._score_paths(

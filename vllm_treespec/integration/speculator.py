@@ -23,7 +23,7 @@ from vllm_treespec.config import (
 from vllm_treespec.core.attend import BatchTrees
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.kernel_set import choose_kernels
-from vllm_treespec.core.observe import StepCounts, count_step
+from vllm_treespec.core.observe import StepCounts
 from vllm_treespec.core.propose.factory import make_proposers
 from vllm_treespec.core.schedule import RequestLimits
 from vllm_treespec.core.tree import TreeBuffers
@@ -316,9 +316,12 @@ class TreeSpeculator(DraftModelSpeculator):
         logits: torch.Tensor,  # [num_logits, vocab_size], one row per node
         sampled: torch.Tensor,  # [num_reqs, max_num_nodes] int64
         num_sampled: torch.Tensor,  # [num_reqs] int32
+        counts: StepCounts,
     ) -> None:
         """Drafts were verified; their trees are about to be replaced."""
-        self._count(input_batch)
+        self._counts = counts
+        if self._ranks.is_first_rank:
+            self._reporter.verified(counts)
         self.drafts.learn_logits(
             logits, input_batch, self.trees, self.paths, sampled, num_sampled
         )
@@ -329,18 +332,8 @@ class TreeSpeculator(DraftModelSpeculator):
             self.hosted.pool.clear()
         self.drafts.clear()
 
-    def _count(self, input_batch: Any) -> None:
-        num_reqs = input_batch.num_reqs
-        self._counts = count_step(
-            self.kernels,
-            self.trees,
-            self.paths,
-            input_batch.idx_mapping[:num_reqs],
-            input_batch.cu_num_logits[: num_reqs + 1],
-            len(self._names),
-        )
-        if self._ranks.is_first_rank:
-            self._reporter.verified(self._counts)
+    def allocate_counts(self, num_reqs: int) -> StepCounts:
+        return StepCounts.allocate(num_reqs, len(self._names), self.device)
 
     def take_report(self) -> PendingReport | None:
         """What the step came to, on the first rank."""

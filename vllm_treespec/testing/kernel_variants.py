@@ -172,7 +172,7 @@ def gather_masks(block_words: int) -> Arguments:
     )
 
 
-def walk_tree(block_nodes: int) -> Arguments:
+def walk_tree(block_nodes: int, counts: str | None = "*i64") -> Arguments:
     return int32_arguments(
         "slots_ptr",
         "cu_num_logits_ptr",
@@ -186,9 +186,15 @@ def walk_tree(block_nodes: int) -> Arguments:
         "paths_ptr",
         "paths_stride",
         "path_lens_ptr",
+        "proposers_ptr",
+        "counts_stride",
         "max_num_nodes",
+        "num_proposers",
         target_ids_ptr="*i64",
         sampled_ptr="*i64",
+        counts_ptr=counts,
+        NUM_RANKS=9,
+        BLOCK_RANKS=16,
         BLOCK_NODES=block_nodes,
     )
 

@@ -43,6 +43,7 @@ def walk_target(
     slots: torch.Tensor,  # [num_reqs] int64, batch row -> request slot
     cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
     target_ids: torch.Tensor,  # [num_logits] int64, the target's pick at every node
+    counts: torch.Tensor | None = None,  # written, see ``StepCounts``
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Emitted tokens ``[num_reqs, max_num_nodes]`` int64 and their count ``[num_reqs]``
     int32, both allocated anew: another stream may still copy the last step's."""
@@ -60,6 +61,8 @@ def walk_target(
         num_sampled,
         paths.nodes,
         paths.lengths,
+        trees.proposers,
+        counts,
     )
     return sampled, num_sampled
 
