@@ -304,8 +304,8 @@ def test_history_grows_by_what_was_sampled_and_never_past_its_end():
     history.start(2, [7, 8, 9])
     history.start(0, [1])
     slots = np.array([2, 0], np.int32)
-    sampled = np.array([[4, 5, 6], [2, 99, 99]], np.int32)
-    history.append(slots, sampled, np.array([3, 1], np.int32))
+    newest = np.array([[3, 4, 5, 6], [1, 2, 99, 99]], np.int32)
+    history.append(slots, newest)
     assert history.token_ids[2].tolist() == [7, 8, 9, 4, 5]
     assert history.num_tokens.tolist() == [2, 0, 5]
     assert history.token_ids[0, :2].tolist() == [1, 2]

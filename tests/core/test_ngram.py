@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,17 @@ def test_the_text_after_a_match_is_suggested_in_order(make):
 def test_matches_are_merged_into_one_tree(make):
     found = paths(make().propose(step_of([1, 2, 7, 8, 1, 2, 7, 9, 1, 2])))
     assert {(7,), (7, 8), (7, 9)} <= found.keys()
+
+
+def test_a_loaded_step_gets_the_best_of_the_same_tree(make):
+    step = step_of([1, 2, 7, 8, 1, 2, 7, 9, 1, 2], [5, 6, 5])
+    whole = make().propose(step)
+    few = make().propose(replace(step, max_candidates=2))
+    assert few.token_ids.shape == (2, 2) and whole.num_candidates[0] > 2
+    assert few.token_ids[0].tolist() == whole.token_ids[0, :2].tolist()
+    assert few.num_candidates[0] == 2
+    more = make(max_nodes=3).propose(replace(step, max_candidates=50))
+    assert more.token_ids.shape == (2, 3)
 
 
 def test_more_matches_weigh_more(make):

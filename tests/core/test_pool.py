@@ -174,6 +174,9 @@ def test_learning_happens_elsewhere_and_everything_else_waits_for_it():
         ("num_candidates", np.ones(3, np.int32)),
         ("parents", np.full((2, 2), -1, np.int32)),
         ("scores", np.zeros((1, 1), np.float32)),
+        ("scores", np.zeros((2, 1), np.float64)),
+        ("token_ids", np.ones((2, 1), np.int64)),
+        ("token_ids", np.ones((2, 2), np.int32)[:, ::2]),  # no row follows the last
     ],
 )
 def test_arrays_that_do_not_fit_are_nonsense(field, value):

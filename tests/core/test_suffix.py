@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ def paths(candidates: Candidates, row: int = 0) -> dict[tuple[int, ...], float]:
         assert score <= parent_score, "a path above its start"
         found[spelled[-1]] = float(np.exp(score - parent_score))
     return found
+
+
+def test_a_loaded_step_gets_the_best_of_the_same_tree(make):
+    proposer = make()
+    teach(proposer, [1, 2, 3, 7, 8, 9], [1, 2, 3, 5, 6, 4])
+    step = Requests().write(0, [1, 2, 3]).step(0)
+    whole = proposer.propose(step)
+    few = proposer.propose(replace(step, max_candidates=3))
+    assert few.token_ids.shape == (1, 3) and whole.num_candidates[0] > 3
+    assert few.token_ids[0].tolist() == whole.token_ids[0, :3].tolist()
+    assert few.num_candidates[0] == 3
 
 
 def test_a_longer_context_wins_over_a_more_frequent_short_one(make):

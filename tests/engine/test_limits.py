@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.integration.speculator import TreeSpeculator
 from vllm_treespec.integration.worth import Worth
+from vllm_treespec.testing.planted import PlantedProposer
 
 K = 8
 LIMITS = [
@@ -151,8 +152,22 @@ def test_options_that_cannot_be_had_are_refused_before_anything_runs(
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
 def test_the_more_requests_the_smaller_their_trees(
-    async_scheduling, model_path, prompts, start, plain_greedy, seen, acceptance
+    async_scheduling,
+    model_path,
+    prompts,
+    start,
+    plain_greedy,
+    seen,
+    acceptance,
+    monkeypatch,
 ):
+    widths, propose = set(), PlantedProposer.propose
+
+    def asked(proposer: Any, step: Any) -> Any:
+        widths.add(step.max_candidates)
+        return propose(proposer, step)
+
+    monkeypatch.setattr(PlantedProposer, "propose", asked)
     batch = prompts(8)
     plain = plain_greedy(model_path("llama"), batch, 40)
     truths = [prompt + output for prompt, output in zip(batch, plain, strict=True)]
@@ -181,6 +196,7 @@ def test_the_more_requests_the_smaller_their_trees(
         rows[len(step)] = max(rows[len(step)], most)
     assert all(rows[size] <= budget for size, budget in budgets.items()), rows
     assert rows[1] == K
+    assert widths == {K, 3, 1}  # no more is drafted than there is room for
     reasons = {
         each.labels["reason"]: each.value
         for each in engine.llm.get_metrics()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_treespec.core.propose.native import frozen, native
+
 
 @dataclass(frozen=True, slots=True)
 class TokenHistory:
@@ -18,11 +20,14 @@ class TokenHistory:
 
     @classmethod
     def allocate(cls, max_num_reqs: int, max_model_len: int) -> TokenHistory:
+        """Compiles (or loads) the native code, so that no request waits for it."""
         # Pages are only backed by memory once they are written.
-        return cls(
+        history = cls(
             token_ids=np.zeros((max_num_reqs, max_model_len), dtype=np.int32),
             num_tokens=np.zeros(max_num_reqs, dtype=np.int64),
         )
+        history.append(np.zeros(1, np.int32), np.zeros((1, 2), np.int32))
+        return history
 
     def start(self, slot: int, token_ids: Sequence[int]) -> None:
         """A new request took ``slot``; a resumed one brings its output along."""
@@ -32,12 +37,22 @@ class TokenHistory:
     def append(
         self,
         slots: npt.NDArray[np.int32],  # [num_reqs], batch row -> request slot
-        sampled: npt.NDArray[np.int32],  # [num_reqs, max_new], stale past num_sampled
-        num_sampled: npt.NDArray[np.int32],  # [num_reqs]
+        newest: npt.NDArray[np.int32],  # [num_reqs, 1 + max_new]: how many, which
     ) -> None:
-        for slot, row, count in zip(slots, sampled, num_sampled, strict=True):
-            start = self.num_tokens[slot]
-            # Tokens past max_model_len are dropped by the scheduler as well.
-            count = min(count, self.token_ids.shape[1] - start)
-            self.token_ids[slot, start : start + count] = row[:count]
-            self.num_tokens[slot] = start + count
+        _append(self.token_ids, self.num_tokens, frozen(slots), frozen(newest))
+
+
+@native
+def _append(
+    token_ids: npt.NDArray[np.int32],
+    num_tokens: npt.NDArray[np.int64],
+    slots: npt.NDArray[np.int32],
+    newest: npt.NDArray[np.int32],
+) -> None:
+    for row in range(slots.shape[0]):
+        slot = slots[row]
+        start = num_tokens[slot]
+        # Tokens past max_model_len are dropped by the scheduler as well.
+        count = min(np.int64(newest[row, 0]), token_ids.shape[1] - start)
+        token_ids[slot, start : start + count] = newest[row, 1 : 1 + count]
+        num_tokens[slot] = start + count

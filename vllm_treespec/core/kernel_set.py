@@ -34,6 +34,7 @@ class KernelSet:
     rate_candidates: Callable[..., None]
     select_nodes: Callable[..., None]
     perturb_logits: Callable[..., None]
+    newest_tokens: Callable[..., None]
 
 
 def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 
-from vllm_treespec.config import HostedConfig, TreeSpecConfig
+from vllm_treespec.config import HostedConfig, TreeSpecConfig, max_candidates
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.history import TokenHistory
+from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.pool import ProposerPool
 from vllm_treespec.core.propose.suffix import SuffixProposer
@@ -32,9 +33,9 @@ class HostDrafts:
         config: TreeSpecConfig,
         vllm_config: VllmConfig,
         *,
+        kernels: KernelSet,
         ranks: Any,
         req_states: Any,
-        device: torch.device,
     ) -> None:
         self._indices = [
             index
@@ -57,8 +58,10 @@ class HostDrafts:
         self.hits = np.zeros(len(self._indices))
         self._ranks = ranks
         self._req_states = req_states
-        self._columns = torch.arange(config.num_speculative_tokens + 1, device=device)
-        self._sampled = torch.empty(0)
+        self._kernels = kernels
+        self._num_proposers = len(config.proposers)
+        self._max_new = config.num_speculative_tokens + 1
+        self._newest = torch.empty(0)
         self._arrived: torch.cuda.Event | None = None
 
     def add_request(self, slot: int, token_ids: Sequence[int]) -> None:
@@ -76,19 +79,22 @@ class HostDrafts:
     ) -> None:
         """Start copying the new tokens to the host, ahead of the draft models' work."""
         states = self._req_states
-        token_ids = states.all_token_ids.gpu
-        first = states.total_len.gpu[slots] - num_sampled
-        columns = (first[:, None] + self._columns).clamp_(max=token_ids.shape[1] - 1)
-        newest = token_ids[slots[:, None], columns]
-        # [num_reqs, 1 + max_new] int32: how many new tokens, and the tokens
-        sampled = torch.cat([num_sampled[:, None], newest], dim=1)
-        if sampled.device.type == "cpu":
-            self._sampled = sampled
-            return
-        self._sampled = torch.empty_like(sampled, device="cpu", pin_memory=True)
-        self._sampled.copy_(sampled, non_blocking=True)
-        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record()
+        newest = torch.empty(
+            len(slots), 1 + self._max_new, dtype=torch.int32, device=slots.device
+        )
+        self._kernels.newest_tokens(
+            slots,
+            num_sampled,
+            states.all_token_ids.gpu,
+            states.total_len.gpu,
+            newest,
+        )
+        self._newest = newest
+        if newest.device.type != "cpu":
+            self._newest = torch.empty_like(newest, device="cpu", pin_memory=True)
+            self._newest.copy_(newest, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
     def draft(
         self,
@@ -96,18 +102,20 @@ class HostDrafts:
         wanted: npt.NDArray[np.bool_],  # [num_proposers, num_reqs], whose drafts
         builder: TreeBuilder,
         worth: Worth,
+        *,
+        num_nodes: int,  # of any tree at most
     ) -> npt.NDArray[np.int32]:
         """Hand every proposer's candidates to the builder; returns nodes offered to
         each request at most."""
+        self.pool.settle()
         if self._arrived is not None:
             self._arrived.synchronize()
-        sampled = self._sampled.numpy()
-        counts = sampled[:, 0]
-        self.pool.settle()
-        self._history.append(slots, sampled[:, 1:], counts)
+        newest = self._newest.numpy()
+        self._history.append(slots, newest)
         drafting = [bool(wanted[index].any()) for index in self._indices]
-        candidates = self.pool.propose(self._step(slots), drafting)
-        decodes = counts > 0
+        width = max_candidates(self._num_proposers, num_nodes)
+        candidates = self.pool.propose(self._step(slots, width), drafting)
+        decodes = newest[:, 0] > 0
         for place, each in enumerate(candidates):  # of the first rank
             asked = wanted[self._indices[place]]
             each.num_candidates[~asked] = 0
@@ -136,5 +144,8 @@ class HostDrafts:
         """Index the new tokens, off the request path."""
         self.pool.learn(self._step(slots))
 
-    def _step(self, slots: npt.NDArray[np.int32]) -> DecodeStep:
-        return DecodeStep(slots, self._history.token_ids, self._history.num_tokens)
+    def _step(
+        self, slots: npt.NDArray[np.int32], max_candidates: int | None = None
+    ) -> DecodeStep:
+        history = self._history
+        return DecodeStep(slots, history.token_ids, history.num_tokens, max_candidates)

@@ -103,9 +103,9 @@ class TreeSpeculator(DraftModelSpeculator):
                 else [],
                 config,
                 vllm_config,
+                kernels=self.kernels,
                 ranks=self._ranks,
                 req_states=req_states,
-                device=device,
             )
         self._worth = Worth(
             len(config.proposers),
@@ -291,7 +291,13 @@ class TreeSpeculator(DraftModelSpeculator):
             input_batch, num_sampled, temperature, wanted, draws=draws
         )
         if self.hosted is not None:
-            offered += self.hosted.draft(slots_np, wanted, self.builder, self._worth)
+            offered += self.hosted.draft(
+                slots_np,
+                wanted,
+                self.builder,
+                self._worth,
+                num_nodes=num_speculative_tokens,
+            )
         if not allowed.all():
             self._limits.drop_unwanted(
                 self.builder.candidates.num_candidates[:, :num_reqs], slots

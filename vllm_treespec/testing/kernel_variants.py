@@ -355,6 +355,20 @@ def perturb_logits(logits: str = "*fp32") -> Arguments:
     )
 
 
+def newest_tokens(slots: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "num_sampled_ptr",
+        "token_ids_ptr",
+        "token_ids_stride",
+        "num_tokens_ptr",
+        "newest_ptr",
+        "newest_stride",
+        "max_new",
+        slots_ptr=slots,
+        BLOCK_NEW=32,
+    )
+
+
 def penalize_paths(vector: str = "*i32") -> Arguments:
     return int32_arguments(
         "logits_stride",
@@ -520,6 +534,8 @@ SIGNATURES: dict[str, Arguments] = {
     "select_nodes:_select_nodes_kernel": select_nodes(64, 64),
     "select_nodes:_select_nodes_kernel int flags": select_nodes(64, 1, "*i32"),
     "select_nodes:_select_nodes_kernel 512 nodes": select_nodes(512, 1024),
+    "newest_tokens:_newest_tokens_kernel": newest_tokens(),
+    "newest_tokens:_newest_tokens_kernel short slots": newest_tokens("*i32"),
     "perturb_logits:_perturb_logits_kernel": perturb_logits(),
     "perturb_logits:_perturb_logits_kernel bf16": perturb_logits("*bf16"),
 }

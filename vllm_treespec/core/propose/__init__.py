@@ -16,6 +16,13 @@ class DecodeStep:
     slots: npt.NDArray[np.int32]  # [num_reqs], batch row -> request slot
     token_ids: npt.NDArray[np.int32]  # [max_num_reqs, max_model_len], prompt + output
     num_tokens: npt.NDArray[np.int64]  # [max_num_reqs], committed tokens per slot
+    max_candidates: int | None = None  # for a row; the load may leave room for few
+
+    def width(self, max_candidates: int) -> int:
+        """How many to suggest for a row at most, of a proposer's own maximum."""
+        if self.max_candidates is None:
+            return max_candidates
+        return min(max_candidates, self.max_candidates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class NgramProposer:
         """Nothing to do: nothing was kept."""
 
     def propose(self, step: DecodeStep) -> Candidates:
-        candidates = Candidates.allocate(len(step.slots), self.max_nodes)
+        candidates = Candidates.allocate(len(step.slots), step.width(self.max_nodes))
         _propose(
             frozen(step.slots),
             frozen(step.token_ids),

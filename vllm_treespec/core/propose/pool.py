@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from vllm_treespec.core.propose import Candidates, DecodeStep, Proposer
-from vllm_treespec.core.propose.lane import Lane
+from vllm_treespec.core.propose.check import check_candidates, compile_check
+from vllm_treespec.core.propose.lane import Answer, Lane
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -38,7 +36,8 @@ class ProposerPool:
         self._max_candidates = max_candidates
         self._vocab_size = vocab_size
         self._timeout = timeout
-        self._learning: dict[int, Future[Any]] = {}
+        self._learning: dict[int, Answer] = {}
+        compile_check()
 
     def add_request(self, slot: int) -> None:
         self._ask(lambda proposer: proposer.add_request(slot))
@@ -63,7 +62,12 @@ class ProposerPool:
         def draft(proposer: Proposer) -> tuple[Candidates, float]:
             start = time.perf_counter()
             candidates = proposer.propose(step)
-            self._check(candidates, num_reqs)
+            check_candidates(
+                candidates,
+                num_reqs=num_reqs,
+                max_candidates=self._max_candidates,
+                vocab_size=self._vocab_size,
+            )
             return candidates, time.perf_counter() - start
 
         for index, done in self._ask(draft, wanted).items():
@@ -98,19 +102,19 @@ class ProposerPool:
         self,
         call: Callable[[Proposer], Any],
         wanted: Sequence[bool] | None = None,
-    ) -> dict[int, Future[Any]]:
+    ) -> dict[int, Answer]:
         return {
             index: lane.submit(call, lane.proposer)
             for index, lane in enumerate(self._lanes)
             if not self.is_dismissed[index] and (wanted is None or wanted[index])
         }
 
-    def _collect(self, futures: dict[int, Future[Any]]) -> dict[int, Any]:
+    def _collect(self, answers: dict[int, Answer]) -> dict[int, Any]:
         deadline = time.monotonic() + self._timeout
         results = {}
-        for index, future in futures.items():
+        for index, answer in answers.items():
             try:
-                results[index] = future.result(max(deadline - time.monotonic(), 0.0))
+                results[index] = answer.result(max(deadline - time.monotonic(), 0.0))
             except Exception as error:  # it may fail in any way
                 self._dismiss(index, error)
         return results
@@ -127,32 +131,3 @@ class ProposerPool:
         )
         self.is_dismissed[index] = True
         self._lanes[index].close()
-
-    def _check(self, candidates: Candidates, num_reqs: int) -> None:
-        counts = candidates.num_candidates
-        shape = candidates.token_ids.shape
-        width = shape[1]
-        if shape[0] != num_reqs or width > self._max_candidates:
-            raise ValueError(
-                f"candidates for {shape[0]} rows of {width}, asked for {num_reqs} rows "
-                f"of at most {self._max_candidates}"
-            )
-        if not candidates.parents.shape == candidates.scores.shape == shape:
-            raise ValueError("a candidate needs a token, a parent and a score")
-        if counts.shape != (num_reqs,) or np.any((counts < 0) | (counts > width)):
-            raise ValueError(f"{counts.tolist()} candidates in rows of {width}")
-        columns = np.arange(width)
-        used = columns < counts[:, None]
-        parents, token_ids = candidates.parents, candidates.token_ids
-        if np.any(used & ((parents < -1) | (parents >= columns))):
-            raise ValueError("a candidate's parent must precede it")
-        if np.any(used & ((token_ids < 0) | (token_ids >= self._vocab_size))):
-            raise ValueError(f"a candidate is outside [0, {self._vocab_size})")
-        has_parent = used & (parents >= 0)
-        parent_scores = np.take_along_axis(
-            candidates.scores, np.where(has_parent, parents, 0), axis=1
-        )
-        bounds = np.where(has_parent, parent_scores, 0.0)
-        # not scores > bounds, which would let NaN pass
-        if np.any(used & ~(candidates.scores <= bounds)):
-            raise ValueError("a candidate's score must be at most its parent's, and 0")

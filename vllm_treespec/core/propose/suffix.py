@@ -100,7 +100,7 @@ class SuffixProposer:
         self._fingerprints[slot] = 0
 
     def propose(self, step: DecodeStep) -> Candidates:
-        candidates = Candidates.allocate(len(step.slots), self.max_nodes)
+        candidates = Candidates.allocate(len(step.slots), step.width(self.max_nodes))
         grow_trees(
             self._index.entries,
             self._index.calibration,
