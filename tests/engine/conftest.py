@@ -219,7 +219,9 @@ def acceptance(monkeypatch: pytest.MonkeyPatch) -> AcceptanceLog:
     def verify(self: Any, logits: Any, input_batch: Any, *rest: Any) -> Any:
         result = original(self, logits, input_batch, *rest)
         paths, count = self._speculator.paths, input_batch.num_reqs
-        log.record(paths.nodes[:count].tolist(), paths.lengths[:count].tolist())
+        lengths = paths.lengths[:count].tolist()
+        log.record(paths.nodes[:count].tolist(), lengths)
+        assert self._speculator._counts.lengths.tolist() == lengths
         return result
 
     monkeypatch.setattr(TreeRejectionSampler, "__call__", verify)

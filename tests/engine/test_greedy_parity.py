@@ -6,6 +6,8 @@ garbage elsewhere, so every test also shows that paths were accepted off the fir
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import transformers
@@ -311,3 +313,24 @@ def test_the_adversary_hides_the_truth_off_the_first_branch():
     depth_first = [tree for tree in trees if tree[0][1] == 3]
     assert 0 < len(depth_first) < len(trees)
     assert proposer.num_planted > 100
+
+
+def test_paths_may_end_anywhere(model_path, prompts, start, plain_greedy, acceptance):
+    """A grammar may rule out nodes after the walk: the rest is decoded later."""
+    batch = prompts(4)
+    plain = plain_greedy(model_path("llama"), batch)
+    truths = [prompt + output for prompt, output in zip(batch, plain, strict=True)]
+    engine = start(model_path("llama"), truths=truths)
+    sampler, rng = engine.runner.rejection_sampler, random.Random(0)
+    num_cut, verify = 0, sampler._verify
+
+    def with_invalid(logits, input_batch, invalid_drafts):
+        nonlocal num_cut
+        invalid = torch.tensor([rng.random() < 0.3 for _ in range(len(logits))])
+        invalid[input_batch.cu_num_logits[:-1].long()] = False  # roots
+        num_cut += int(invalid.sum())
+        return verify(logits, input_batch, invalid)
+
+    sampler._verify = with_invalid
+    assert engine.greedy(batch) == plain
+    assert num_cut > 5 and sum(acceptance.lengths) > 5

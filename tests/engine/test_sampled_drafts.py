@@ -38,7 +38,15 @@ def params(temperature, seed=None, max_tokens=16):
     [("traversal", "without_replacement"), ("without_replacement", "mixed")],
 )
 def test_greedy_and_seeded_requests_beside_drawing_ones_keep_their_tokens(
-    rule, draw, async_scheduling, model_path, draft_path, prompts, start, placed
+    rule,
+    draw,
+    async_scheduling,
+    model_path,
+    draft_path,
+    prompts,
+    start,
+    placed,
+    acceptance,
 ):
     batch = prompts(6)
     kinds = [params(0.0), params(1.0, seed=3), params(0.9)] * 2
@@ -65,6 +73,7 @@ def test_greedy_and_seeded_requests_beside_drawing_ones_keep_their_tokens(
     assert 0 < max(placed) <= 5
     assert min(placed) == 0
     assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
+    assert sum(acceptance.lengths) > 0  # as they were counted, step by step
 
 
 def test_without_memory_for_distributions_sampling_walks(
