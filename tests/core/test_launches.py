@@ -10,6 +10,7 @@ from vllm_treespec.core.observe import StepCounts
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths, walk_target
 from vllm_treespec.testing.launches import Launches
+from vllm_treespec.testing.no_sync import NoSync
 
 CPU = torch.device("cpu")
 KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
@@ -110,3 +111,17 @@ def test_only_what_runs_on_the_device_is_counted(inference):
     assert launches["idle"] == 0
     assert dict(launches.names["busy"]) == {"sub": 1, "_to_copy": 1}
     assert dict(launches.names["inner"]) == {"zero_": 1}
+
+
+def test_torchs_own_watch_for_waits_is_on_inside_and_as_before_outside(monkeypatch):
+    modes, tensor = ["warn"], torch.arange(3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with torch.inference_mode(), NoSync():
+        _ = tensor + 1
+        assert modes[-1] == "error"
+        with pytest.raises(AssertionError, match="waits for the device"):
+            tensor[0].item()
+        assert modes[-1] == "error"
+    assert modes[-1] == "warn"

@@ -16,14 +16,26 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.eq
 class NoSync(Launches):  # type: ignore[no-untyped-call]  # torch's
     """Refuses operations that wait for the device: ``with NoSync(): ...``.
 
-    A stand-in for ``torch.cuda.set_sync_debug_mode``: it does not see copies to the
-    host, which on a CPU are none, so what it guards must not make any. What happens
-    inside the functions of a wrapped ``KernelSet`` is the device's own affair.
+    Where there is CUDA, torch's own sync-debug mode refuses them too; elsewhere this is a
+    stand-in, which does not see copies to the host, for on a CPU they are none. What
+    happens inside the functions of a wrapped ``KernelSet`` is the device's own affair.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_calls = 0
+        self._before: list[int] = []  # torch's mode outside of each entry
+
+    def __enter__(self) -> Any:
+        if torch.cuda.is_available():
+            self._before.append(torch.cuda.get_sync_debug_mode())
+            torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's
+        if self._before:
+            torch.cuda.set_sync_debug_mode(self._before.pop())
 
     def _see(self, func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> None:
         self.num_calls += 1
