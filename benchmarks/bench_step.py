@@ -34,6 +34,7 @@ from inflated_engine import (
     forget,
     header,
     held_out_prompts,
+    model_runner,
     start,
     worst_choice,
 )
@@ -78,8 +79,7 @@ class Timers:
     """Laps around the parts of a started engine; on a GPU of its stream."""
 
     def __init__(self, llm: LLM) -> None:
-        core: Any = llm.llm_engine.engine_core
-        runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        runner = model_runner(llm)
         self._speculator = runner.speculator
         self._laps = Stopwatch(5, DEVICE)
         (draft,) = self._speculator.drafts.models.values()

@@ -174,6 +174,12 @@ def choose_model_runner(speculative: dict[str, Any] | None) -> None:
     envs.disable_envs_cache()  # the last engine's choice
 
 
+def model_runner(llm: LLM) -> Any:
+    """vLLM's, which lives in this process."""
+    core: Any = llm.llm_engine.engine_core
+    return core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 @dataclass
 class Run:
     """What an engine said to prompts that it got at once, and when."""
@@ -232,8 +238,7 @@ def forget(llm: LLM) -> None:
     if has_trees(config):
         llm.collective_rpc("treespec_clear")
     elif config.speculative_config and config.speculative_config.method == "suffix":
-        core: Any = llm.llm_engine.engine_core
-        runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        runner = model_runner(llm)
         runner.drafter = type(runner.drafter)(config)
 
 

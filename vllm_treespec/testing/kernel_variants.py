@@ -172,7 +172,7 @@ def gather_masks(block_words: int) -> Arguments:
     )
 
 
-def walk_tree(block_nodes: int, counts: str | None = "*i64") -> Arguments:
+def walk_tree(block_nodes: int) -> Arguments:
     return int32_arguments(
         "slots_ptr",
         "cu_num_logits_ptr",
@@ -192,7 +192,7 @@ def walk_tree(block_nodes: int, counts: str | None = "*i64") -> Arguments:
         "num_proposers",
         target_ids_ptr="*i64",
         sampled_ptr="*i64",
-        counts_ptr=counts,
+        counts_ptr="*i64",
         NUM_RANKS=9,
         BLOCK_RANKS=16,
         BLOCK_NODES=block_nodes,
