@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
     # Endpoints are added to a server only by name, see docs/operations.md.
     env |= {"VLLM_PLUGINS": "treespec,treespec_cpu_host"}
     if not torch.cuda.is_available():
-        env |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        env |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         env |= {"VLLM_CPU_CI_ENV": "1"}  # no warm-up
         # Bound, every server's worker would sit on the same first core.
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
