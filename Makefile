@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NEXT_TESTS ?= tests/integration tests/engine
 
-.PHONY: demo test statistics soak test-next check types format bench clean
+.PHONY: demo test statistics soak test-next check types format bench docs try-install clean FORCE
 
 demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,19 @@ types: $(VENV)/installed  ## mypy cannot see through the package mapping, so che
 
 bench: $(VENV)/installed  ## tables for benchmarks/results, within 9 minutes on a GPU
 	$(BIN)/python benchmarks/all.py
+
+docs: $(VENV)/installed build/docs  ## the pages as a site in build/site
+	$(BIN)/mkdocs build --strict
+
+# In the repository's own layout, so that links between pages work in both places.
+build/docs: FORCE
+	rm -rf $@ && mkdir -p $@/benchmarks $@/models
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs $@
+	cp -r benchmarks/results $@/benchmarks
+	cp models/README.md $@/models
+
+try-install:  ## every form of docs/install.md in fresh environments, and a server from a wheel
+	bash tools/try_install.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,8 +4,24 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
+if command -v nvidia-smi >/dev/null; then
+    total_mb=11000
+else
+    total_mb=3600
+fi
+
+progress() {  # until killed: what is there of what will be
+    while sleep 10; do
+        mb=$(du -sm "$venv" 2>/dev/null | cut -f1)
+        printf '  %5d of about %d MB, %d s\n' "$mb" "$total_mb" "$SECONDS" >&2
+    done
+}
+
+echo "Installing vLLM and tools into $venv: about $total_mb MB, 2 to 10 minutes." >&2
 "${PYTHON:-python3}" -m venv --clear "$venv"
 pip="$venv/bin/pip --disable-pip-version-check"
+progress &
+trap 'kill $! 2>/dev/null' EXIT
 if command -v nvidia-smi >/dev/null; then
     $pip install -q -e '.[cuda,dev]'
 else
