@@ -77,9 +77,6 @@ class DeviceDraft(ABC):
             device,
             min_reach=None if stop is None else stop.threshold,
         )
-        target_len = vllm_config.model_config.max_model_len
-        self.max_len = min(model_config.max_model_len, target_len)
-        self._table_len = target_len
         self._even_width = fed_width
         max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._max_num_even_reqs = max_num_tokens // fed_width
@@ -154,6 +151,19 @@ class DeviceDraft(ABC):
         )
         self._stop.learn(accepted, self._drafted[slots])
         self._drafted[slots] = 0
+
+    # vLLM may shorten requests to what the KV cache holds, once models were profiled.
+    @property
+    def _table_len(self) -> int:
+        """Positions that block tables have room for."""
+        length: int = self._vllm_config.model_config.max_model_len
+        return length
+
+    @property
+    def max_len(self) -> int:
+        """Positions that the draft may use."""
+        own: int = self._model_config.max_model_len
+        return min(own, self._table_len)
 
     @property
     def dtype(self) -> torch.dtype:

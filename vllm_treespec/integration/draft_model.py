@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import AuxOutputConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
 
@@ -58,13 +58,21 @@ class DraftModel(DeviceDraft):
         """Load the weights and bind the attention layers to the draft's trees."""
         vllm_config = self._vllm_config
         before = set(_attention_layers(vllm_config))
-        # vLLM validates the copy anew, which writes into these parts of it.
+        # vLLM validates the copy anew, which writes into these parts of it. What the
+        # engine does for its users is the target's business, and may not fit a draft.
         config = replace(
             vllm_config,
             model_config=self._model_config,
             quant_config=None,
             parallel_config=copy.copy(vllm_config.parallel_config),
             scheduler_config=copy.copy(vllm_config.scheduler_config),
+            aux_output_config=AuxOutputConfig(),
+            engram_config=None,
+            lora_config=None,
+            kv_events_config=None,
+            ec_transfer_config=None,
+            weight_transfer_config=None,
+            reasoning_config=None,
         )
         try:
             with set_model_tag(self._prefix):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -73,6 +74,11 @@ class TreeModelState(DefaultModelState):
                 caches.append(cache)
                 tables.append(table.gpu)
         self._layers = KVLayers.describe(caches, tables)
+
+    def preprocess_state(self, input_batch: Any, *args: Any) -> None:
+        # The last thing before adapters are mapped to the batch.
+        super().preprocess_state(input_batch, *args)
+        self.speculator.adapters.num_logits = np.diff(input_batch.cu_num_logits_np)
 
     def prepare_attn(
         self,

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 from vllm_treespec.core.observe import count_step
 from vllm_treespec.core.verify.target_walk import cut_paths, walk_target
 from vllm_treespec.integration.metrics import VERIFY
+from vllm_treespec.integration.node_rows import path_rows, sum_on_paths
 
 if TYPE_CHECKING:
     from vllm_treespec.integration.speculator import TreeSpeculator
@@ -105,6 +106,8 @@ class TreeRejectionSampler:
                 counts,
             )
         speculator.verified(input_batch, logits, sampled, num_sampled, counts)
+        if num_nans is not None:
+            num_nans = sum_on_paths(num_nans, input_batch, speculator.paths)
         logprobs = None
         if logprobs_dims is not None:
             logprobs = self._score_paths(
@@ -167,18 +170,11 @@ class TreeRejectionSampler:
         vLLM reads the first ``num_sampled`` rows of each request, so the rows of the
         accepted path are put there; the rest repeat the root and are never read.
         """
-        paths = self._speculator.paths
-        cu_num_logits = input_batch.cu_num_logits.long()
-        batch_rows = torch.repeat_interleave(
-            cu_num_logits.diff(), output_size=logits.shape[0]
-        )
-        steps = input_batch.expanded_local_pos.long()
-        on_path = steps <= paths.lengths[batch_rows]
-        nodes = torch.where(on_path, paths.nodes[batch_rows, steps], 0)
+        batch_rows, rows = path_rows(input_batch, self._speculator.paths)
         return compute_topk_scores(
-            logits[cu_num_logits[batch_rows] + nodes],
+            logits[rows],
             num_logprobs,
-            sampled[batch_rows, steps],
+            sampled[batch_rows, input_batch.expanded_local_pos.long()],
             input_batch.cu_num_logits_np.tolist(),
             logprob_token_ids_state=self._sampler.logprob_token_ids_state,
             expanded_idx_mapping=input_batch.expanded_idx_mapping,

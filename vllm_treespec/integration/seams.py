@@ -22,6 +22,7 @@ from vllm_treespec.integration.request_options import (
     wrap_validate_params,
     wrap_validate_spec_decode,
 )
+from vllm_treespec.integration.sessions import wrap_handle_stopped_request
 
 
 class SeamError(RuntimeError):
@@ -175,6 +176,12 @@ PATCHES = (
         why="what a worker counts has no way to the metrics",
     ),
     Patch(
+        target=f"{_SCHEDULER}._handle_stopped_request",
+        parameters=("self", "request"),
+        wrap=wrap_handle_stopped_request,
+        why="a turn that ends inside an accepted path counts tokens that it dropped",
+    ),
+    Patch(
         target=f"{_SCHEDULER}.update_draft_token_ids",
         parameters=("self", "draft_token_ids"),
         wrap=grammar.wrap_update_draft_token_ids,
@@ -311,6 +318,28 @@ HOOKS = (
         f"{_GPU}.model_states.default:DefaultModelState.prepare_attn",
         ("self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings"),
         "trees are lined up with the batch, positions become depths",
+    ),
+    Hook(
+        f"{_GPU}.model_states.interface:ModelState.preprocess_state",
+        (
+            "self",
+            "input_batch",
+            "block_tables",
+            "kv_cache_config",
+            "num_computed_tokens",
+        ),
+        "the last thing before adapters are mapped to a batch",
+    ),
+    Hook(
+        f"{_GPU}.lora_utils:LoraState.make_lora_inputs",
+        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"),
+        "adapters are mapped to nodes instead of requests",
+    ),
+    Hook(
+        "vllm.distributed.aux_output_connector.worker:"
+        "AuxOutputWorkerConnector.prepare_output",
+        ("self", "input_batch"),
+        "routed experts are returned from the accepted path's rows",
     ),
     Hook(
         f"{_GPU}.model_states.interface:ModelState.custom_sampler",

@@ -46,6 +46,7 @@ from vllm_treespec.integration.metrics import (
     Increments,
 )
 from vllm_treespec.integration.model_state import TreeModelState
+from vllm_treespec.integration.node_rows import NodeAdapters
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.sizing import max_num_rows
@@ -139,6 +140,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._limits = RequestLimits(max_num_reqs, len(config.proposers), device)
         self.phases = Stopwatch(len(PHASES), device)
         self._reporter = Reporter()
+        self.adapters = NodeAdapters(max_num_reqs)  # of the requests, by row of logits
         self._counts: StepCounts | None = None  # of the last step that verified drafts
         # [max_num_reqs], why a slot would have no drafts verified
         self._no_draft_reasons = np.full(max_num_reqs, NOTHING_OFFERED, np.int8)

@@ -11,6 +11,7 @@ from vllm_treespec.integration.attention import tree_backend
 from vllm_treespec.integration.decode_graphs import choose_decode_graphs
 from vllm_treespec.integration.grammar import DraftTrees
 from vllm_treespec.integration.layer_skip import LayerSkip
+from vllm_treespec.integration.node_rows import follow_paths_in_outputs
 from vllm_treespec.integration.reports import ReportedOutput
 from vllm_treespec.integration.seams import check_hooks
 from vllm_treespec.integration.speculator import TreeSpeculator
@@ -32,10 +33,19 @@ class TreeWorker(PlatformWorker):
             runner.req_states,
             lambda: choose_decode_graphs(runner.cudagraph_manager, self.vllm_config),
         )
+        runner.lora_state = runner.speculator.adapters
 
     def load_model(self, **options: Any) -> None:
         with tree_backend(self.vllm_config):
             super().load_model(**options)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        runner = self.model_runner
+        if runner.aux_output_connector is not None:
+            follow_paths_in_outputs(
+                runner.aux_output_connector, runner.speculator.paths
+            )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
