@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -41,23 +42,161 @@ def test_accepts_dashes_as_vllm_does():
 
 
 def test_reports_every_problem_at_once():
+    """Each with the path as the user wrote it, though what drafts on the host is put
+    last."""
+    raw = {
+        "method": "eagle",
+        "num_speculative_tokens": 0,
+        "max_rows": 64,
+        "tree": {
+            "proposers": [
+                {"type": "ngram", "min_n": 9, "max-n": 3},
+                {"type": "draft_model", "model": 5, "revision": True},
+                {"type": "suffix", "depth": 0, "deph": 1},
+                {"type": "layer_skip", "skip": {"attention": [[1]], "layers": []}},
+            ],
+            "kernels": "cuda",
+            "max_row": 3,
+            "request-defaults": {"max_nodes": "8", "max_node": 1},
+        },
+    }
     with pytest.raises(ConfigError) as error:
-        TreeSpecConfig(
-            num_speculative_tokens=0,
-            proposers=(NgramConfig(min_n=9, max_n=3), SuffixConfig(depth=0)),
-            kernels="cuda",
-        )
+        TreeSpecConfig.parse(raw)
+    first, *problems = str(error.value).split("\n  ")
+    assert first == "invalid treespec config:"
+    assert sorted(problems) == sorted(
+        [
+            "method='eagle': must be 'treespec'",
+            "num_speculative_tokens=0: must be in [1, 1024]",
+            'max_rows: belongs into "tree": {"max_rows": ...}',
+            "tree.proposers[0].max-n=3: must be >= min_n=9",
+            "tree.proposers[1].model=5: must be a string",
+            "tree.proposers[1].revision=True: must be a string",
+            "tree.proposers[2].depth=0: must be in [1, 1024]",
+            "unknown option 'deph' in tree.proposers[2], did you mean 'depth'?",
+            "tree.proposers[3].skip.attention[0]=[1]: must be an integer",
+            "unknown option 'layers' in tree.proposers[3].skip, did you mean "
+            "'num_layers'?",
+            "tree.kernels='cuda': must be one of ['auto', 'triton', 'torch']",
+            "unknown option 'max_row' in tree, did you mean 'max_rows'?",
+            "tree.request-defaults.max_nodes='8': must be an integer",
+            "unknown option 'max_node' in tree.request-defaults, "
+            "did you mean 'max_nodes'?",
+        ]
+    )
+
+
+def test_what_ties_options_together_is_told_beside_what_is_wrong_alone():
+    raw = {
+        "num_speculative_tokens": 7,
+        "tree": {
+            "proposers": [
+                {"type": "suffix"},
+                {"type": "layer_skip", "shape": "static", "branching": [3, 3]},
+            ],
+            "max_rows": 7,
+            "verify": "none",
+        },
+    }
+    with pytest.raises(ConfigError) as error:
+        TreeSpecConfig.parse(raw)
     for problem in (
-        "num_speculative_tokens=0: must be in [1, 1024]",
-        "tree.proposers[0].min_n=9: must be <= max_n=3",
-        "tree.proposers[1].depth=0: must be in [1, 1024]",
-        "tree.kernels='cuda': must be one of",
+        "tree.proposers[1].branching=[3, 3]: makes 12 nodes: at most "
+        "num_speculative_tokens=7",
+        "tree.max_rows=7: must be in [8, 1048576]",
+        "tree.verify='none': must be one of",
     ):
         assert problem in str(error.value)
 
 
 def draft(**options):
     return {"tree": {"proposers": [{"type": "draft_model", **options}]}}
+
+
+def suffix(**options):
+    return {"tree": {"proposers": [{"type": "suffix", **options}]}}
+
+
+def test_everybodys_first_try_is_answered_with_what_works():
+    raw = {"method": "treespec", "model": "my/draft", "num_speculative_tokens": 5}
+    with pytest.raises(ConfigError) as error:
+        TreeSpecConfig.parse(raw)
+    right = str(error.value).split("one of the proposers: ")[1]
+    config = TreeSpecConfig.parse(json.loads(right))
+    assert config.proposers == (DraftModelConfig(model="my/draft"),)
+    assert config.num_speculative_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (suffix(min_log_prob="x"), "min_log_prob='x': must be a number"),
+        (suffix(min_log_prob=math.nan), "min_log_prob=nan: must be a finite number"),
+        (suffix(min_log_prob=-math.inf), "min_log_prob=-inf: must be a finite number"),
+        (suffix(min_log_prob=0.5), "min_log_prob=0.5: must be in [-"),
+        (
+            suffix(depth=10**5000),
+            "depth=<int too large to print>: must be in [1, 1024]",
+        ),
+        (suffix(depth=1.0), "depth=1.0: must be an integer"),
+        ({"tree": {"draft_logits_gib": math.nan}}, "draft_logits_gib=nan: must be a"),
+        (
+            {"tree": {"proposers": [{"type": []}]}},
+            "proposers[0].type=[]: must be one of",
+        ),
+        (
+            draft(model="s", shape="static", branching=["a"]),
+            "branching[0]='a': must be",
+        ),
+        (draft(model=""), "model='': must not be empty"),
+        (
+            {
+                "tree": {
+                    "proposers": [{"type": "layer_skip"}],
+                    "verify": "traversal",
+                    "draft_logits_gib": 0,
+                }
+            },
+            "tree.draft_logits_gib=0: must be more than 0: verify='traversal' draws",
+        ),
+        (
+            {"num_speculative_tokens": 3, "num-speculative-tokens": 4},
+            "num-speculative-tokens in speculative_config: is given twice",
+        ),
+        (
+            {"tree": {"max-rows": 64, "max_rows": 65}},
+            "max-rows in tree: is given twice",
+        ),
+        ({"tree": {"num_speculative_tokens": 4}}, "belongs beside tree, not into it"),
+        ({"tree": {1: 2}}, "tree"),
+        ({1: 2}, "unknown option 1 in speculative_config"),
+    ],
+)
+def test_what_cannot_run_is_refused(raw, message):
+    with pytest.raises(ConfigError) as error:
+        TreeSpecConfig.parse(raw)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def nested(depth: int):
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_a_value_as_deep_as_a_well_is_refused_in_one_line():
+    for raw in (
+        draft(model="s", branching=nested(900)),
+        {"tree": nested(900)},
+        {"tree": {"proposers": nested(900)}},
+        {"well": nested(900)},
+    ):
+        with pytest.raises(ConfigError) as error:
+            TreeSpecConfig.parse(raw)
+        assert str(error.value).count("\n") == 1
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -71,14 +210,17 @@ def draft(**options):
         ({"tree": {"proposers": []}}, "name at least one of"),
         ({"tree": {"proposers": ["suffix"]}}, "tree.proposers[0]='suffix': must be"),
         ({"tree": {"proposers": [{"type": "ngran"}]}}, "did you mean 'ngram'"),
-        ({"tree": {"proposers": [{}]}}, "tree.proposers[0].type=None: must be one of"),
+        (
+            {"tree": {"proposers": [{}]}},
+            "tree.proposers[0].type is missing: must be one of",
+        ),
         (
             {"tree": {"proposers": [{"type": "ngram", "max_m": 3}]}},
             "unknown option 'max_m' in tree.proposers[0], did you mean 'max_n'",
         ),
         (
             {"tree": {"proposers": [{"type": "ngram"}, {"type": "ngram"}]}},
-            "'ngram' is listed twice",
+            "tree.proposers[1].type='ngram': is listed twice",
         ),
         (
             {"tree": {"proposers": [{"type": "recycle", "k": 0, "depth": 65}]}},
@@ -91,10 +233,13 @@ def draft(**options):
         (draft(), "model is missing"),
         (draft(model="small", shape="fixed"), "shape='fixed': must be one of"),
         (draft(model="small", shape="static"), "branching is missing"),
-        (draft(model="small", branching=[2]), "branching: belongs to shape='static'"),
+        (
+            draft(model="small", branching=[2]),
+            "branching=[2]: belongs to shape='static'",
+        ),
         (
             draft(model="small", shape="static", branching=[8, 8]),
-            "branching=[8, 8] makes 72 nodes: at most num_speculative_tokens=31",
+            "branching=[8, 8]: makes 72 nodes: at most num_speculative_tokens=31",
         ),
         (draft(model="s", shape="static", branching=3), "branching=3: must be a list"),
         (draft(model="s", shape="static", branching=[0]), "branching[0]=0: must be in"),
@@ -162,8 +307,9 @@ def test_several_draft_models_have_names_of_their_own():
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("0.5 0.25", "JSONDecodeError"),
-        ("[0.5, 0.25]", "TypeError"),
+        ("0.5 0.25", "is no JSON: Extra data"),
+        ("[0.5, 0.25]", "must be a JSON object"),
+        ('{"acceptance": [NaN]}', "NaN is no number"),
         ("{}", "'acceptance'"),
         ('{"acceptance": []}', "acceptance is missing"),
         ('{"acceptance": [0.5, "x"]}', "acceptance[1]='x'"),
@@ -212,10 +358,10 @@ def test_a_tuned_skip_set_is_read_once_and_travels_along(tmp_path):
         ("nowhere.json", "'vllm-treespec tune layer-skip' writes such a file"),
         ([1, 2], 'must be a file, or {"attention": [...], "mlp": [...]}'),
         ({"layers": [1]}, "unknown option 'layers'"),
-        ({"attention": 3}, "must be a list of layers"),
-        ({"attention": [-1]}, "skip.attention: layer=-1: must be"),
+        ({"attention": 3}, "skip.attention=3: must be a list"),
+        ({"attention": [-1]}, "skip.attention[0]=-1: must be in"),
         ({"mlp": [2, 2]}, "skip.mlp=[2, 2]: names a layer twice"),
-        ({"mlp": ["x"]}, "skip.mlp: layer='x': must be an integer"),
+        ({"mlp": ["x"]}, "skip.mlp[0]='x': must be an integer"),
     ],
 )
 def test_a_skip_set_that_is_none_is_refused(skip, message):
@@ -265,9 +411,9 @@ def test_without_defaults_requests_get_everything():
         ({"treespec_max_nodes": True}, "treespec_max_nodes=True: must be an integer"),
         (
             {"treespec_proposers": ["sufix"]},
-            "'sufix' is none of ['suffix', 'ngram'], did you mean 'suffix'?",
+            "'sufix': must be one of ['suffix', 'ngram'], did you mean 'suffix'?",
         ),
-        ({"treespec_proposers": 3}, "treespec_proposers=3: must be a list of names"),
+        ({"treespec_proposers": 3}, "treespec_proposers=3: must be a list"),
         (
             {"treespec_max_node": 3},
             "unknown option 'treespec_max_node' in extra_args, did you mean "
@@ -285,7 +431,7 @@ def test_defaults_obey_the_same_bounds():
     with pytest.raises(ConfigError) as error:
         both(request_defaults={"max_nodes": 64, "proposers": ["draft_model"]})
     assert "tree.request_defaults.max_nodes=64: must be in [0, 31]" in str(error.value)
-    assert "'draft_model' is none of ['suffix', 'ngram']" in str(error.value)
+    assert "'draft_model': must be one of ['suffix', 'ngram']" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -316,4 +462,4 @@ def test_all_requests_share_at_least_the_rows_of_one_whole_tree():
     assert TreeSpecConfig(num_speculative_tokens=500).num_shared_rows == 501
     assert TreeSpecConfig(max_rows=33).num_shared_rows == 33
     with pytest.raises(ConfigError, match=r"tree.max_rows=31: must be in \[32, "):
-        TreeSpecConfig(max_rows=31)
+        TreeSpecConfig.parse({"tree": {"max_rows": 31}})

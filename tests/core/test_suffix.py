@@ -47,6 +47,19 @@ def teach(proposer: SuffixProposer, *texts, slot: int = 3) -> None:
         proposer.remove_request(slot)
 
 
+@pytest.mark.parametrize("floor", [-1, -0.5, 0])
+def test_a_high_floor_leaves_only_what_is_as_likely(make, floor):
+    kept, found = [], [[1, 2, 3, 4, 5, 6]] * 3 + [[1, 2, 3, 7, 8, 9]]
+    for least in (floor, -9):
+        proposer = make(min_log_prob=least)
+        teach(proposer, *found)
+        candidates = draft(proposer, [1, 2])
+        kept.append(candidates.scores[0, : candidates.num_candidates[0]])
+    likely, whole = kept
+    assert (likely >= floor - 1e-3).all()
+    assert len(likely) == (whole >= floor).sum() < len(whole)
+
+
 def draft(proposer: SuffixProposer, history, slot: int = 0) -> Candidates:
     return proposer.propose(Requests().write(slot, history).step(slot))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_treespec.config import ConfigError, NgramConfig
+from vllm_treespec.config import ConfigError, NgramConfig, TreeSpecConfig
 from vllm_treespec.integration.engine_args import WORKER, from_vllm_config
 from vllm_treespec.integration.plugin import register
 
@@ -43,6 +44,14 @@ def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
     assert args.speculative_config == TREE
     assert args.worker_cls == "auto"
     assert from_vllm_config(args.create_engine_config()) == from_vllm_config(config)
+
+
+def test_it_is_parsed_once(monkeypatch):
+    _, config = make(TREE)
+    kept = from_vllm_config(config)
+    monkeypatch.setattr(TreeSpecConfig, "parse", None)
+    assert from_vllm_config(config) is kept
+    assert from_vllm_config(pickle.loads(pickle.dumps(config))) == kept
 
 
 def test_vllms_short_flags_work_too():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_treespec.config import METHOD, ConfigError, TreeSpecConfig
 from vllm_treespec.integration.sizing import schedule_of, settle_schedule
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+PARSED = "_treespec"  # attribute of vLLM's configuration
 WORKER = "vllm_treespec.integration.worker.TreeWorker"
 # vLLM's own method that drafts without a model and allows async scheduling; its
 # speculator is replaced before it is used.
@@ -79,10 +80,15 @@ def has_trees(vllm_config: VllmConfig) -> bool:
 
 
 def from_vllm_config(vllm_config: VllmConfig) -> TreeSpecConfig:
-    """The configuration that the rewrite stored, in whatever process this is."""
-    additional = vllm_config.additional_config
-    assert isinstance(additional, dict), "written by the rewrite below"
-    return TreeSpecConfig.parse(additional[METHOD])
+    """The configuration that the rewrite stored, in whatever process this is; parsed
+    once for each."""
+    kept = vars(vllm_config).get(PARSED)
+    if kept is None:
+        additional = vllm_config.additional_config
+        assert isinstance(additional, dict), "written by the rewrite below"
+        kept = TreeSpecConfig.parse(additional[METHOD])
+        setattr(vllm_config, PARSED, kept)
+    return cast(TreeSpecConfig, kept)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,8 @@ class TuneOptions(RunOptions):
         yield from super(TuneOptions, self)._problems()
         if self.trials < 1:
             yield f"trials={self.trials}: must be >= 1"
-        yield from LayerSkipConfig(depth=self.depth, width=self.width).problems()
+        options = {"depth": self.depth, "width": self.width}
+        yield from LayerSkipConfig.problems(options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,7 @@ class Tuned:
     def write(self, path: str | Path) -> None:
         """JSON for the ``skip`` option of ``layer_skip``."""
         content = {
-            **asdict(self.best.skip),
+            **self.best.skip.model_dump(),
             "expected_speedup": self.best.speedup,
             "tokens_per_step": self.best.tokens_per_step,
             "depth": self.best.depth,
@@ -251,11 +252,12 @@ class _Engine:
 
     def own(self, skip: SkipSet) -> SkipSet:
         """The set, said to be this model's."""
-        return replace(
-            skip,
-            model=self._options.model,
-            num_layers=self.num_layers,
-            fingerprint=self.fingerprint,
+        return skip.model_copy(
+            update={
+                "model": self._options.model,
+                "num_layers": self.num_layers,
+                "fingerprint": self.fingerprint,
+            }
         )
 
     def measure_costs(self) -> LayerCosts:

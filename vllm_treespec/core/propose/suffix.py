@@ -182,7 +182,7 @@ class SuffixProposer:
         for _ in range(2):  # the second time, to resume
             self.add_request(0)
             self.learn(step)
-        assert self.propose(step).num_candidates[0] > 0, "2 followed 1"
+        self.propose(step)
         self.remove_request(0)
         self.clear()
         self._num_requests = 0
