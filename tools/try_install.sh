@@ -15,7 +15,7 @@ ls dist
 
 echo "== from git, without dependencies"
 python3 -m venv from-git
-from-git/bin/$pip install --no-deps "vllm-treespec @ git+file://$repository"
+from-git/bin/$pip install --no-deps "git+file://$repository"
 from-git/bin/$pip show vllm-treespec | head -2
 
 echo "== from a clone, without dependencies"
