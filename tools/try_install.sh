@@ -39,7 +39,7 @@ env -u VLLM_PLUGINS -u VLLM_USE_V2_MODEL_RUNNER venv/bin/vllm-treespec check '{"
 
 echo "== a server, with nothing set"
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-venv/bin/vllm serve "$repository/models/python-stdlib/target" --port "$port" --max-model-len 512 \
+venv/bin/vllm serve "$repository/models/python-stdlib/target" --port "$port" --max-model-len 512 --gpu-memory-utilization 0.3 \
     --speculative-config '{"method": "treespec"}' >server.log 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null; wait $server 2>/dev/null' EXIT
