@@ -50,6 +50,9 @@ build/docs: FORCE
 	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs $@
 	cp -r benchmarks/results $@/benchmarks
 	cp models/README.md $@/models
+	{ echo '# JSON schema of the options'; echo '```json'; \
+	  $(BIN)/python -c 'import json; from vllm_treespec.config import TreeSpecConfig; print(json.dumps(TreeSpecConfig.model_json_schema(), indent=2))'; \
+	  echo '```'; } > $@/docs/schema.md
 
 try-install:  ## every form of docs/install.md in fresh environments, and a server from a wheel
 	bash tools/try_install.sh
