@@ -419,8 +419,8 @@ class TreeSpecConfig(Options):
     and ``proposers``."""
 
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """``triton``, ``torch`` (their slow twins, for debugging), or ``auto``: Triton on a
-    GPU."""
+    """``triton``, ``torch`` (their slow twins, for debugging), or ``auto``: Triton
+    where it compiles, and torch's own attention on a CPU."""
 
     @field_validator("proposers")
     @classmethod

@@ -12,10 +12,12 @@ from vllm_treespec.kernels.attention_plan import (
     SplitBuffers,
     default_tiles,
 )
+from vllm_treespec.kernels.host_attention import CHUNK, host_attention
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.trees import chain_parents, random_parents
 
+CPU = torch.device("cpu")
 NAN = float("nan")
 UNTOUCHED = 77.0
 STALE = 0x2AAAAAAA  # in columns nobody may read
@@ -827,6 +829,58 @@ def test_rejects_shapes_that_do_not_fit(
     batch.arguments.update(changes)
     with pytest.raises(ValueError, match=message):
         batch.run(tree_attention)
+
+
+HOST_BATCHES = {
+    "mixed": MIXED,
+    "long prompts": [Request(0, 2 * CHUNK + 9, []), Request(40, CHUNK + 1, [])],
+    "large tree": [Request(300, 0, tree(70)), Request(0, 0, tree(40))],
+}
+
+
+@pytest.mark.parametrize("requests", HOST_BATCHES.values(), ids=HOST_BATCHES)
+@pytest.mark.parametrize("sliding_window", [None, 40, 7, 1])
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_on_the_host_matches_the_reference(
+    requests: list[Request], sliding_window: int | None, group: int
+):
+    batch = make_batch(
+        requests, CPU, group=group, sliding_window=sliding_window or 1 << 20
+    )
+    plans: dict[Any, Any] = {}
+    expected = batch.run(reference, sliding_window=sliding_window)
+    for _ in range(2):  # plans made, and plans read
+        output = batch.run(host_attention, sliding_window=sliding_window, plans=plans)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_layers_with_and_without_a_window_share_plans_of_their_own():
+    batch, plans = make_batch(MIXED, CPU), {}
+    for sliding_window in (7, None, 7):
+        torch.testing.assert_close(
+            batch.run(host_attention, sliding_window=sliding_window, plans=plans),
+            batch.run(reference, sliding_window=sliding_window),
+            rtol=1e-5,
+            atol=2e-6,
+        )
+
+
+def test_attention_on_the_host_rounds_once():
+    batch = make_batch(MIXED, CPU, dtype=torch.bfloat16)
+    exact = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in batch.arguments.items()
+    }
+    expected = Batch(MIXED, exact, batch.keys, batch.values).run(reference)
+    output = batch.run(host_attention)
+    torch.testing.assert_close(output.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"soft_cap": 0.3}, {"sinks": torch.ones(4)}])
+def test_what_torch_lacks_is_left_to_the_twin(options: dict[str, Any]):
+    batch = make_batch(MIXED, CPU)
+    expected = batch.run(reference, **options)
+    torch.testing.assert_close(batch.run(host_attention, **options), expected)
 
 
 def test_rejects_strides_and_numbers_out_of_bounds(device: torch.device):

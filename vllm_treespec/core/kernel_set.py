@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 
 from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.kernels.attention_plan import SplitBuffers
@@ -38,16 +39,29 @@ class KernelSet:
 
 
 def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:
-    """Triton on a GPU. On a CPU it would be interpreted, so the twins are faster."""
-    on_gpu = device.type != "cpu"
-    wants_triton = config.kernels == "triton" or (config.kernels == "auto" and on_gpu)
-    package = "kernels" if wants_triton else "kernels.reference"
+    """Triton where it compiles, twins where it would be interpreted.
+
+    A CPU attends through torch's own attention, which is faster than both.
+    """
+    chosen = config.kernels
+    if chosen == "auto":
+        chosen = "triton" if _compiles(device) else "torch"
+    package = "kernels" if chosen == "triton" else "kernels.reference"
     kernels = {name: _load(package, name) for name in KernelSet.__slots__}
-    if wants_triton:
+    if config.kernels == "auto" and device.type == "cpu":
+        kernels["tree_attention"] = _load("kernels", "host_attention")
+    elif chosen == "triton":
         kernels["tree_attention"] = partial(
             kernels["tree_attention"], split=SplitBuffers.allocate(device)
         )
     return KernelSet(**kernels)
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton makes machine code for it: for a CPU only with a backend."""
+    if device.type != "cpu":
+        return True
+    return "cpu" in triton.backends.backends and not triton.knobs.runtime.interpret
 
 
 def _load(package: str, name: str) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class TreeMetadata:
     block_table: torch.Tensor  # [num_reqs, max_num_blocks] int32
     max_query_len: int
     trees: BatchTrees | None = None  # else those that the layer is bound to
+    # What a layer has worked out about the batch, for those after it.
+    plans: dict[Any, Any] = field(default_factory=dict)
 
 
 class TreeForward:
@@ -87,6 +89,10 @@ class TreeForward:
         if flash is not None and not self._is_quantized and flash.serves(self._heads):
             self._flash = flash
 
+    def _attention(self, metadata: Any) -> Callable[..., None]:
+        """The kernel for this batch."""
+        return self._kernels.tree_attention
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -108,7 +114,7 @@ class TreeForward:
             scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
         key_cache = kv_cache[..., : self.head_size]
         value_cache = kv_cache[..., self.head_size :]
-        rows, attended, attend = attn_metadata, output, self._kernels.tree_attention
+        rows, attended, attend = attn_metadata, output, self._attention(attn_metadata)
         trees = getattr(attn_metadata, "trees", None)
         if self._flash is not None and trees is None:  # a draft brings its own
             if (tail := self._flash.tail) is not None:

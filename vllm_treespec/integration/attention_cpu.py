@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -12,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_treespec.integration.attention import TreeForward, TreeMetadata
+from vllm_treespec.kernels.host_attention import host_attention
 
 
 class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
@@ -41,6 +45,12 @@ class TreeAttentionImpl(TreeForward, CPUAttentionBackendImpl):
         is_e5m2 = self.kv_cache_dtype == "fp8_e5m2"
         return torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn
 
+    def _attention(self, metadata: Any) -> Callable[..., None]:
+        attend = super()._attention(metadata)
+        if attend is host_attention:
+            return partial(attend, plans=metadata.plans)
+        return attend
+
     def do_kv_cache_update(
         self,
         layer: Any,
@@ -50,15 +60,35 @@ class TreeAttentionImpl(TreeForward, CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,  # [num_tokens] int64, -1: padding
     ) -> None:
         # vLLM's CPU kernel stores keys transposed in tiles; compaction moves rows.
-        used = slot_mapping[: key.shape[0]] >= 0
-        slots = slot_mapping[: key.shape[0]][used]
-        block_size = kv_cache.shape[2]
-        key, value = key[used], value[used]
+        metadata = get_forward_context().attn_metadata
+        assert isinstance(metadata, dict), "a list is of microbatches, on GPUs only"
+        plans = metadata[layer.layer_name].plans
+        num_tokens, num_kv_heads, _ = key.shape
+        if (plan := ("writes", num_kv_heads)) not in plans:
+            plans[plan] = _places(slot_mapping[:num_tokens], *kv_cache.shape[1:3])
+        used, places = plans[plan]
+        if used is not None:
+            key, value = key[used], value[used]
         if self._is_quantized:
             key = _quantize(key / layer._k_scale, self.fp8_dtype)
             value = _quantize(value / layer._v_scale, self.fp8_dtype)
-        rows = torch.cat([key, value], dim=-1).to(kv_cache.dtype)
-        kv_cache[slots // block_size, :, slots % block_size] = rows
+        rows = torch.cat([key, value], dim=-1).to(kv_cache.dtype).flatten(0, 1)
+        kv_cache.view(-1, kv_cache.shape[3]).index_copy_(0, places, rows)
+
+
+def _places(
+    slots: torch.Tensor,  # [num_tokens] int64, -1: padding
+    num_kv_heads: int,
+    block_size: int,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Tokens that are no padding, None: all; and where the flat cache keeps each head of
+    each of them."""
+    used = slots >= 0
+    slots = slots[used]
+    first = slots // block_size * num_kv_heads * block_size + slots % block_size
+    heads = torch.arange(num_kv_heads) * block_size
+    places = (first[:, None] + heads).flatten()
+    return None if bool(used.all()) else used, places
 
 
 def _quantize(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
