@@ -122,6 +122,11 @@ class Options(BaseModel):
         }
 
 
+def _flag(value: Any) -> Any:
+    """vLLM's API server makes numbers of the booleans among a request's arguments."""
+    return bool(value) if type(value) in (int, float) and value in (0, 1) else value
+
+
 def _names(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -352,6 +357,9 @@ class RequestOptions(Options):
     ] = None
     """Names of those that may draft; ``null``: all of them."""
 
+    remember: Annotated[bool | None, BeforeValidator(_flag)] = None
+    """Whether its text may be a draft for later requests; ``null``: yes."""
+
     def beyond(
         self, max_nodes: int, proposers: Sequence[str]
     ) -> list[InitErrorDetails]:
@@ -415,8 +423,8 @@ class TreeSpecConfig(Options):
     request_defaults: RequestOptions = Field(
         default=RequestOptions(), json_schema_extra={"default": {}}
     )
-    """What requests get that do not ask for something else themselves: ``max_nodes``
-    and ``proposers``."""
+    """What requests get that do not ask for something else themselves: ``max_nodes``,
+    ``proposers`` and ``remember``."""
 
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """``triton``, ``torch`` (their slow twins, for debugging), or ``auto``: Triton
@@ -597,6 +605,7 @@ class TreeSpecConfig(Options):
             proposers=_first_given(
                 options.proposers, defaults.proposers, tuple(self.proposer_names)
             ),
+            remember=_first_given(options.remember, defaults.remember, True),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -428,3 +428,98 @@ def test_a_tree_takes_microseconds_whatever_the_text(make, vocab):
 def test_an_impossible_option_is_named(make, option, value):
     with pytest.raises(ValueError, match=f"{option}={value}"):
         make(**{option: value})
+
+
+PERSONAL = [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def tell(proposer: SuffixProposer, text, namespace: int, *, remember=True) -> None:
+    """A request of that namespace comes, is learned from and leaves."""
+    proposer.add_request(3)
+    proposer.keep_apart(3, namespace, is_remembered=remember)
+    proposer.learn(Requests().write(3, text).step(3))
+    proposer.remove_request(3)
+
+
+def drafted_for(proposer: SuffixProposer, history, namespace: int) -> Candidates:
+    proposer.add_request(0)
+    proposer.keep_apart(0, namespace, is_remembered=True)
+    step = Requests().write(0, history).step(0)
+    candidates = proposer.propose(step)
+    proposer.learn(step)  # resumes what it finds
+    later = proposer.propose(step)
+    proposer.remove_request(0)
+    return candidates if candidates.num_candidates[0] else later
+
+
+@pytest.mark.parametrize("reader", [0, 2])
+def test_a_namespaces_text_is_a_draft_for_itself_alone(make, reader):
+    proposer = make()
+    tell(proposer, PERSONAL, 1)
+    assert drafted_for(proposer, PERSONAL[:4], reader).num_candidates[0] == 0
+    assert drafted_for(proposer, PERSONAL[:4], 1).num_candidates[0] > 0
+
+
+def test_a_namespace_is_not_told_what_everybody_wrote(make):
+    proposer = make()
+    teach(proposer, PERSONAL)
+    assert drafted_for(proposer, PERSONAL[:4], 1).num_candidates[0] == 0
+
+
+def test_a_conversation_is_not_resumed_under_another_namespace(make):
+    proposer = make()
+    text = [5, 6, 5, 7, 5]  # its own contexts would offer 6 and 7 at once
+    tell(proposer, text, 1)
+    clock = proposer.num_cached_tokens
+    tell(proposer, text, 2)
+    assert proposer.num_cached_tokens == clock + len(text)
+    tell(proposer, text, 1)
+    assert proposer.num_cached_tokens == clock + len(text), "resumed under its own"
+
+
+def test_what_is_not_remembered_is_a_draft_for_its_own_request_alone(make):
+    proposer = make()
+    request = Requests().write(1, [*PERSONAL, *PERSONAL[:3]]).step(1)
+    proposer.add_request(1)
+    proposer.keep_apart(1, 0, is_remembered=False)
+    proposer.learn(request)
+    assert paths(proposer.propose(request))
+    proposer.remove_request(1)
+    assert drafted_for(proposer, PERSONAL[:4], 0).num_candidates[0] == 0
+
+
+@pytest.mark.parametrize(("namespace", "remember"), [(1, True), (0, False)])
+def test_rates_are_everybodys_so_no_apart_request_teaches_them(
+    make, namespace, remember
+):
+    proposer = make()
+    before = proposer._index.calibration.copy()
+    proposer.add_request(1)
+    proposer.keep_apart(1, namespace, is_remembered=remember)
+    written = Requests()
+    for size in range(2, 40):
+        proposer.learn(written.write(1, ([1, 2, 3] * 20)[:size]).step(1))
+    assert (proposer._index.calibration == before).all()
+
+
+def test_a_thousand_namespaces_take_no_memory_and_no_time(make):
+    def seconds(num_namespaces: int) -> float:
+        proposer = make(max_cached_tokens=50_000)
+        size = proposer._index.entries.nbytes
+        random = np.random.default_rng(0)
+        text = random.integers(2, 50, 200)
+        for request in range(1000):
+            tell(proposer, random.permutation(text), 1 + request % num_namespaces)
+        assert proposer._index.entries.nbytes == size
+        assert len(proposer._left) <= 4
+        proposer.add_request(0)
+        proposer.keep_apart(0, 1, is_remembered=True)
+        step = Requests().write(0, text).step(0)
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            proposer.propose(step)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(1000) < 1.5 * seconds(1)

@@ -6,6 +6,7 @@ import torch
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.node_rows import (
     NodeAdapters,
+    VerifiedRows,
     follow_paths_in_outputs,
     path_rows,
     sum_on_paths,
@@ -70,3 +71,24 @@ def test_without_drafts_paths_are_stale_and_rows_stay_where_they_are():
     connector = SimpleNamespace(prepare_output=lambda batch: pending)
     follow_paths_in_outputs(connector, paths)
     assert connector.prepare_output(batch).routed_experts_gpu.tolist() == list(range(9))
+
+
+def test_the_rows_of_some_requests_are_theirs_in_order():
+    batch, paths = batch_and_paths()
+    batch.cu_num_logits_np = batch.cu_num_logits.numpy()
+    batch.idx_mapping = torch.tensor([8, 5, 6])
+    batch.input_ids = batch.positions = None
+    logits = torch.arange(7.0)[:, None]
+    step = VerifiedRows(
+        logits, batch, None, paths, torch.arange(3)[:, None], torch.tensor([1, 3, 1])
+    )
+    part = step.of_requests(np.array([0, 2]))
+    assert part.logits.flatten().tolist() == [0, 5, 6]
+    assert part.batch.cu_num_logits.tolist() == [0, 1, 3]
+    assert part.batch.cu_num_logits.dtype == torch.int32
+    assert part.batch.idx_mapping.tolist() == [8, 6]
+    assert part.batch.logits_indices.tolist() == [2, 7, 8]
+    assert part.paths.nodes[:, 0].tolist() == [0, 0]
+    assert part.paths.lengths.tolist() == [0, 0]
+    assert part.num_sampled.tolist() == [1, 1]
+    assert step.of_requests(np.array([0, 1, 2])) is step

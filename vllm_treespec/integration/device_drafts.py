@@ -75,6 +75,11 @@ class DeviceDrafts:
             elif isinstance(each, RecycleConfig):
                 self.recycle = Recycle(each, vllm_config, index=index, **shared)
 
+    @property
+    def shared_index(self) -> int | None:
+        """Of the proposer that remembers the text of all requests in one table."""
+        return None if self.recycle is None else self.recycle.index
+
     def capture(self) -> None:
         """Capture CUDA graphs; inside vLLM's own capture."""
         for model in self.models.values():

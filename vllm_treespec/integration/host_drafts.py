@@ -64,9 +64,18 @@ class HostDrafts:
         self._newest = torch.empty(0)
         self._arrived: torch.cuda.Event | None = None
 
-    def add_request(self, slot: int, token_ids: Sequence[int]) -> None:
+    def add_request(
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        namespace: int,
+        *,
+        is_remembered: bool,
+    ) -> None:
         self.pool.settle()
         self.pool.add_request(slot)
+        for each in self._suffix:
+            each.keep_apart(slot, namespace, is_remembered=is_remembered)
         self._history.start(slot, token_ids)
 
     def remove_request(self, slot: int) -> None:

@@ -14,6 +14,7 @@ from vllm_treespec.core.attend import attach
 from vllm_treespec.core.commit import commit_paths
 from vllm_treespec.integration.fallback import has_custom_processors
 from vllm_treespec.integration.metrics import COMMIT
+from vllm_treespec.integration.namespaces import NAMESPACE, SHARED
 from vllm_treespec.integration.path_options import follow_paths
 from vllm_treespec.integration.rejection_sampler import TreeRejectionSampler
 from vllm_treespec.kernels.compact_kv import KVLayers
@@ -44,6 +45,7 @@ class TreeModelState(DefaultModelState):
             new_req_data.req_id,
             new_req_data.prefill_token_ids,
             new_req_data.sampling_params,
+            vars(new_req_data).get(NAMESPACE, SHARED),
         )
 
     def remove_request(self, req_id: str) -> None:

@@ -7,13 +7,15 @@ rows of the accepted path instead of the first ones.
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
+from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 
 
@@ -37,6 +39,45 @@ class NodeAdapters(LoraState):
             req_ids, idx_mapping, num_scheduled_tokens
         )
         return tuple(np.repeat(of_requests, self.num_logits)), of_tokens, active
+
+
+class VerifiedRows(NamedTuple):
+    """A verified step, as proposers learn from it."""
+
+    logits: torch.Tensor  # [num_logits, vocab_size], one row per node
+    batch: Any  # vLLM's InputBatch, or what is read of one
+    trees: TreeBuffers
+    paths: AcceptedPaths
+    sampled: torch.Tensor  # [num_reqs, max_num_nodes] int64
+    num_sampled: torch.Tensor  # [num_reqs] int32
+
+    def of_requests(self, rows: npt.NDArray[np.intp]) -> VerifiedRows:
+        """The same with these batch rows alone."""
+        batch, device = self.batch, self.logits.device
+        if len(rows) == batch.num_reqs:
+            return self
+        starts = batch.cu_num_logits_np[rows]
+        counts = batch.cu_num_logits_np[rows + 1] - starts
+        ends = np.cumsum(counts)
+        places = np.arange(counts.sum()) - np.repeat(ends - counts - starts, counts)
+        nodes = torch.from_numpy(places).to(device)
+        requests = torch.from_numpy(rows).to(device)
+        cu_num_logits = torch.from_numpy(np.r_[0, ends]).to(batch.cu_num_logits)
+        return VerifiedRows(
+            self.logits[nodes],
+            SimpleNamespace(
+                num_reqs=len(rows),
+                idx_mapping=batch.idx_mapping[requests],
+                cu_num_logits=cu_num_logits,
+                logits_indices=batch.logits_indices[nodes],
+                input_ids=batch.input_ids,
+                positions=batch.positions,
+            ),
+            self.trees,
+            AcceptedPaths(self.paths.nodes[requests], self.paths.lengths[requests]),
+            self.sampled[requests],
+            self.num_sampled[requests],
+        )
 
 
 def path_rows(batch: Any, paths: AcceptedPaths) -> tuple[torch.Tensor, torch.Tensor]:

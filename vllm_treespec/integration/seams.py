@@ -17,6 +17,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_treespec.integration import carrier, grammar, metrics
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
+from vllm_treespec.integration.namespaces import wrap_note_namespaces
 from vllm_treespec.integration.request_options import (
     wrap_update_after_schedule,
     wrap_validate_params,
@@ -174,6 +175,12 @@ PATCHES = (
         parameters=("self", "spec_decoding_stats"),
         wrap=carrier.wrap_make_stats,
         why="what a worker counts has no way to the metrics",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}._update_after_schedule",
+        parameters=("self", "scheduler_output"),
+        wrap=wrap_note_namespaces,
+        why="workers are not told a request's cache_salt",
     ),
     Patch(
         target=f"{_SCHEDULER}._handle_stopped_request",

@@ -46,7 +46,8 @@ from vllm_treespec.integration.metrics import (
     Increments,
 )
 from vllm_treespec.integration.model_state import TreeModelState
-from vllm_treespec.integration.node_rows import NodeAdapters
+from vllm_treespec.integration.namespaces import SHARED
+from vllm_treespec.integration.node_rows import NodeAdapters, VerifiedRows
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
 from vllm_treespec.integration.sizing import max_num_rows
@@ -148,6 +149,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self.fallbacks: Counter[str] = Counter()  # reason -> requests given a chain
         self._chain_only = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
+        # [max_num_reqs], whether all requests may draft from what a slot's says
+        self._teaches = np.ones(max_num_reqs, np.bool_)
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
 
     def _set_what_the_runner_reads(self) -> None:
@@ -203,18 +206,33 @@ class TreeSpeculator(DraftModelSpeculator):
         """vLLM's acceptance estimator serves adaptive verification, which is off."""
 
     def add_request(
-        self, slot: int, req_id: str, token_ids: Sequence[int], sampling_params: Any
+        self,
+        slot: int,
+        req_id: str,
+        token_ids: Sequence[int],
+        sampling_params: Any,
+        namespace: int,
     ) -> None:
+        """
+        Args:
+            namespace: of the requests that it may learn from, and that from it.
+        """
         self._slots[req_id] = slot
         options = self._config.for_request(
             sampling_params.extra_args if sampling_params is not None else None
         )
         assert options.max_nodes is not None and options.proposers is not None
+        assert options.remember is not None
         self._limits.set(
             slot,
             options.max_nodes,
-            [name in options.proposers for name in self._names],
+            [
+                name in options.proposers
+                and (namespace == SHARED or index != self.drafts.shared_index)
+                for index, name in enumerate(self._names)
+            ],
         )
+        self._teaches[slot] = is_public = namespace == SHARED and options.remember
         self.builder.reset(slot)
         reason = chain_reason(
             sampling_params, has_custom_processors=self.has_custom_processors
@@ -230,8 +248,11 @@ class TreeSpeculator(DraftModelSpeculator):
             if may_draw and self._config.draws_at(sampling_params.temperature):
                 self.sampled.add_request(slot)
         if self.hosted is not None:
-            self.hosted.add_request(slot, token_ids)
-        self.drafts.add_request(token_ids)
+            self.hosted.add_request(
+                slot, token_ids, namespace, is_remembered=options.remember
+            )
+        if is_public:
+            self.drafts.add_request(token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
@@ -330,9 +351,12 @@ class TreeSpeculator(DraftModelSpeculator):
         self._counts = counts
         if self._ranks.is_first_rank:
             self._reporter.verified(counts)
-        self.drafts.learn_logits(
+        taught = VerifiedRows(
             logits, input_batch, self.trees, self.paths, sampled, num_sampled
         )
+        teaches = self._teaches[input_batch.idx_mapping_np]
+        if teaches.any():
+            self.drafts.learn_logits(*taught.of_requests(np.flatnonzero(teaches)))
 
     def clear(self) -> None:
         """Forget all text that proposers have learned from."""
@@ -431,6 +455,10 @@ class TreeSpeculator(DraftModelSpeculator):
         if input_batch.num_draft_tokens and self._counts is not None:
             self._worth.observe(self._counts)
             self.drafts.learn(self.trees, self.paths, slots)
+        teaches = self._teaches[input_batch.idx_mapping_np]
+        if not teaches.all():
+            # What voices are worth is everybody's to see.
+            num_sampled = num_sampled * torch.from_numpy(teaches).to(num_sampled)
         self.builder.learn(
             slots, num_sampled, states.all_token_ids.gpu, states.total_len.gpu
         )

@@ -54,6 +54,8 @@ class SuffixProposer:
             raise ValueError("; ".join(problems))
         # request slot -> its text; all zero: no request yet
         self._salts = np.zeros(max_num_reqs, np.uint64)
+        self._namespaces = np.zeros(max_num_reqs, np.uint64)  # 0: everybody's
+        self._is_remembered = np.ones(max_num_reqs, np.bool_)
         self._fingerprints = np.zeros(max_num_reqs, np.uint64)
         self._num_learned = np.zeros(max_num_reqs, np.int64)
         self._num_given = np.zeros(max_num_reqs, np.int64)  # tokens at the first learn
@@ -86,10 +88,19 @@ class SuffixProposer:
         self.remove_request(slot)
         self._num_requests += 1
         self._salts[slot] = _salt(self._num_requests)
+        self._namespaces[slot] = 0
+        self._is_remembered[slot] = True
+
+    def keep_apart(self, slot: int, namespace: int, *, is_remembered: bool) -> None:
+        """What the request in ``slot`` teaches is for its namespace only, 0 being that
+        of all who have none, or for nobody. To be called before it has learned."""
+        self._namespaces[slot] = self._fingerprints[slot] = namespace
+        self._is_remembered[slot] = is_remembered
 
     def remove_request(self, slot: int) -> None:
         """Keep what it taught, and a note of where to go on should it come back."""
-        if num_learned := int(self._num_learned[slot]):
+        num_learned = int(self._num_learned[slot])
+        if num_learned and self._is_remembered[slot]:
             key = (num_learned, int(self._fingerprints[slot]))
             self._left.pop(key, None)
             self._left[key] = (self._salts[slot], int(self._index.clock[0]))
@@ -107,6 +118,7 @@ class SuffixProposer:
             self._index.clock,
             self._index.window,
             self._salts,
+            self._namespaces,
             frozen(step.slots),
             frozen(step.token_ids),
             frozen(step.num_tokens),
@@ -139,6 +151,8 @@ class SuffixProposer:
             self._num_learned,
             self._fingerprints,
             self._salts,
+            self._namespaces,
+            self._is_remembered,
             self._num_given,
         )
 
@@ -148,7 +162,9 @@ class SuffixProposer:
         Serves a preempted request, and the next turn of a conversation.
         """
         self._num_given[slot] = len(history)
-        value, begin = np.uint64(0), 0
+        if not self._is_remembered[slot]:
+            return
+        value, begin = self._namespaces[slot], 0
         for key in sorted(self._left):
             num_tokens, expected = key
             if num_tokens > len(history):
@@ -170,7 +186,7 @@ class SuffixProposer:
         self._index = Index.allocate(self.max_cached_tokens)
         self._num_learned[:] = 0
         self._num_given[:] = 0
-        self._fingerprints[:] = 0
+        self._fingerprints[:] = self._namespaces
         self._left.clear()
 
     def _warm_up(self) -> None:

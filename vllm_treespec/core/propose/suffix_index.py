@@ -124,10 +124,12 @@ def hash_history(
 
 
 @native
-def key_of(hash_of_context: np.uint64, level: int, salt: np.uint64) -> np.uint64:
+def key_of(
+    hash_of_context: np.uint64, level: int, salt: np.uint64, namespace: np.uint64
+) -> np.uint64:
+    """Whose contexts: one request's on local levels, else those of its namespace."""
     key = hash_of_context + np.uint64(ORDERS[level])
-    if IS_LOCAL[level]:
-        key ^= salt
+    key ^= salt if IS_LOCAL[level] else namespace
     key = (key ^ (key >> HALF)) * FINAL_MIX
     return key ^ (key >> HALF)
 
@@ -266,9 +268,13 @@ def _learn_text(
     begin: int,
     end: int,
     salt: np.uint64,
+    namespace: np.uint64,
+    is_remembered: bool,
     calibrate_from: int,
 ) -> None:
     """Count ``history[begin:end]``, each token after its contexts.
+
+    What is not remembered is counted on local levels alone.
 
     A level that is worse than the one that foresaw the token learns nothing: it keeps
     counting what only it can foresee. Tokens from ``calibrate_from`` on were written
@@ -285,9 +291,9 @@ def _learn_text(
         num_seen = 0
         foreseen = False
         for level in range(NUM_LEVELS if is_token else 0):
-            if ORDERS[level] > position:
+            if ORDERS[level] > position or not (is_remembered or IS_LOCAL[level]):
                 continue
-            key = key_of(hashes[0, ORDERS[level]], level, salt)
+            key = key_of(hashes[0, ORDERS[level]], level, salt, namespace)
             entry = find(entries, now, window, key)
             if entry < 0:
                 entry = _claim(entries, now, key)
@@ -327,12 +333,16 @@ def learn_texts(
     num_learned: npt.NDArray[np.int64],  # [max_num_reqs], advanced by num_new
     fingerprints: npt.NDArray[np.uint64],  # [max_num_reqs], of the tokens learned
     salts: npt.NDArray[np.uint64],  # [max_num_reqs]
+    namespaces: npt.NDArray[np.uint64],  # [max_num_reqs], 0: everybody's
+    is_remembered: npt.NDArray[np.bool_],  # [max_num_reqs]
     num_given: npt.NDArray[np.int64],  # [max_num_reqs], tokens not drafted for
 ) -> None:
     for row in range(slots.shape[0]):
         slot = slots[row]
         history, begin = token_ids[slot], num_learned[slot]
         end = begin + num_new[row]
+        # How often followers came true is everybody's to see.
+        is_public = namespaces[slot] == 0 and is_remembered[slot]
         _learn_text(
             entries,
             calibration,
@@ -342,7 +352,9 @@ def learn_texts(
             begin,
             end,
             salts[slot],
-            num_given[slot],
+            namespaces[slot],
+            is_remembered[slot],
+            num_given[slot] if is_public else end,
         )
         fingerprints[slot] = fingerprint(history, begin, end, fingerprints[slot])
         num_learned[slot] = end

@@ -92,6 +92,7 @@ def _next_entry(
     clock: int,
     window: int,
     salt: np.uint64,
+    namespace: np.uint64,
     num_tokens: int,
     nodes: npt.NDArray[np.int64],
     hashes: npt.NDArray[np.uint64],
@@ -111,7 +112,7 @@ def _next_entry(
         if order > num_tokens + nodes[node, DEPTH] or order > nodes[node, longest]:
             continue
         sizes[LOOKUPS] += 1
-        key = key_of(hashes[node, order], level, salt)
+        key = key_of(hashes[node, order], level, salt, namespace)
         entry = find(entries, clock, window, key)
         if entry >= 0:
             return entry
@@ -173,6 +174,7 @@ def grow_tree(
     clock: int,
     window: int,
     salt: np.uint64,
+    namespace: np.uint64,
     history: npt.NDArray[np.int32],
     num_tokens: int,
     min_prob: np.float32,
@@ -226,6 +228,7 @@ def grow_tree(
             clock,
             window,
             salt,
+            namespace,
             num_tokens,
             nodes,
             hashes,
@@ -266,6 +269,7 @@ def grow_trees(
     clock: npt.NDArray[np.int64],
     window: int,
     salts: npt.NDArray[np.uint64],
+    namespaces: npt.NDArray[np.uint64],
     slots: npt.NDArray[np.int32],
     token_ids: npt.NDArray[np.int32],
     num_tokens: npt.NDArray[np.int64],
@@ -284,6 +288,7 @@ def grow_trees(
             clock[0],
             window,
             salts[slot],
+            namespaces[slot],
             token_ids[slot],
             num_tokens[slot],
             min_prob,
