@@ -46,6 +46,27 @@ def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
     assert from_vllm_config(args.create_engine_config()) == from_vllm_config(config)
 
 
+@pytest.mark.parametrize(
+    ("tree", "max_num_seqs", "load"),
+    [
+        ({}, 8, "at any load: max_num_seqs=8"),
+        (
+            {"max_rows": 64},
+            8,
+            "share 64 rows of a forward pass (tree.max_rows): 1-2: 31",
+        ),
+    ],
+)
+def test_one_line_says_that_trees_are_on(tree, max_num_seqs, load, caplog):
+    raw = {"method": "treespec", "tree": {"proposers": [{"type": "ngram"}], **tree}}
+    with caplog.at_level("INFO", logger="vllm"):
+        make(raw, max_num_seqs=max_num_seqs)
+    lines = [each for each in caplog.messages if each.startswith("treespec: ")]
+    (line,) = lines
+    assert "trees of 31 draft nodes per request and step, from ngram; " in line
+    assert load in line
+
+
 def test_it_is_parsed_once(monkeypatch):
     _, config = make(TREE)
     kept = from_vllm_config(config)

@@ -224,6 +224,12 @@ class TreeProm:
             record, metrics = self._metrics[name]
             record(metrics[engine_idx], values)
 
+    def forget(self) -> None:
+        """Nothing is remembered any more; the next report comes with the next step."""
+        _, metrics = self._metrics["suffix_cached_tokens"]
+        for engine in metrics.values():
+            _set(engine, [0])
+
 
 class TreeLogLine:
     """Takes the place of vLLM's ``SpecDecodingLogging``, which has a number per node."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_treespec.integration import carrier, grammar, metrics
+from vllm_treespec.integration.endpoint_plugin import wrap_load_endpoint_plugins
 from vllm_treespec.integration.engine_args import wrap_create_engine_config
 from vllm_treespec.integration.namespaces import wrap_note_namespaces
 from vllm_treespec.integration.request_options import (
@@ -43,11 +44,12 @@ class Hook:
         Raises:
             SeamError: if the target is gone or takes other parameters.
         """
-        found = tuple(inspect.signature(_resolve(self.target)[2]).parameters)
+        current = _resolve(self.target)[2]
+        found = tuple(inspect.signature(current).parameters)
         if found[: len(self.parameters)] != self.parameters:
             raise SeamError(
-                f"{self.target} takes {found}, treespec expects {self.parameters}; "
-                "see 'Supported versions' in README.md"
+                f"{self.target} is {current.__module__}.{current.__qualname__} and takes "
+                f"{found}, treespec expects {self.parameters}"
             )
 
 
@@ -63,7 +65,7 @@ class Patch:
     def install(self) -> None:
         owner, name, current = _resolve(self.target)
         if ORIGINAL in vars(current):
-            return  # vLLM may load plugins more than once per process
+            return
         self.check()
         replacement = self.wrap(current)
         setattr(replacement, ORIGINAL, current)
@@ -74,7 +76,19 @@ class Patch:
         setattr(owner, name, vars(current).get(ORIGINAL, current))
 
     def check(self) -> None:
-        Hook(self.target, self.parameters, self.why).check()
+        """
+        Raises:
+            SeamError: as of a hook; another plugin's wrapper may hand on anything.
+        """
+        kinds = {
+            each.kind
+            for each in inspect.signature(_resolve(self.target)[2]).parameters.values()
+        }
+        if not kinds >= {
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        }:
+            Hook(self.target, self.parameters, self.why).check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,12 @@ PATCHES = (
         parameters=("self", "usage_context", "headless"),
         wrap=wrap_create_engine_config,
         why="the speculative methods are a closed list, so ours is rewritten to one",
+    ),
+    Patch(
+        target="vllm.plugins:load_endpoint_plugins",
+        parameters=("supported_tasks",),
+        wrap=wrap_load_endpoint_plugins,
+        why="endpoints need VLLM_PLUGINS, which switches other plugins off",
     ),
     Patch(
         target="vllm.sampling_params:SamplingParams._validate_spec_decode",
@@ -463,23 +483,52 @@ HOOKS = (
 )
 
 
+def install() -> None:
+    """Install all patches.
+
+    Raises:
+        SeamError: naming all that moved, before anything is replaced.
+    """
+    if _installed:
+        return  # vLLM may load plugins more than once per process
+    if found := moved(PATCHES):
+        raise SeamError("; ".join(found))
+    for patch in PATCHES:
+        patch.install()
+    _installed.append(True)
+
+
+_installed: list[bool] = []
+
+
+def moved(seams: Sequence[Hook | Patch | FieldPatch]) -> list[str]:
+    """What is wrong with each that is not as expected."""
+    problems = []
+    for seam in seams:
+        try:
+            seam.check()
+        except SeamError as error:
+            problems.append(str(error))
+    return problems
+
+
 def check_hooks() -> None:
     """Refuse to run on a vLLM that moved.
 
     Raises:
-        SeamError: naming the first hook that is gone or changed.
+        SeamError: naming all hooks that are gone or changed.
     """
-    for hook in HOOKS:
-        hook.check()
+    if found := moved(HOOKS):
+        raise SeamError("; ".join(found))
 
 
 def _resolve(target: str) -> tuple[Any, str, Callable[..., Any]]:
     module, _, path = target.partition(":")
     *parents, name = path.split(".")
-    owner = importlib.import_module(module)
     try:
+        owner = importlib.import_module(module)
         for parent in parents:
             owner = getattr(owner, parent)
         return owner, name, getattr(owner, name)
-    except AttributeError as error:
+    except (ImportError, AttributeError) as error:
         raise SeamError(f"{target} is gone: {error}") from error

@@ -32,26 +32,24 @@ def settle_schedule(vllm_config: VllmConfig, config: TreeSpecConfig) -> None:
     max_num_reqs, nodes = scheduler.max_num_seqs, config.num_speculative_tokens
     num_rows = max_num_reqs * (nodes + 1)
     if vllm_config.parallel_config.data_parallel_size > 1:
-        logger.info(
-            "treespec: %d nodes per request and step at any load; with data "
-            "parallelism budgets cannot follow it",
-            nodes,
-        )
+        load = "at any load: with data parallelism nodes cannot follow it"
     elif num_rows <= config.num_shared_rows:
         speculative.num_speculative_tokens_per_batch_size = None
+        load = f"at any load: max_num_seqs={max_num_reqs}"
     else:
         num_rows = config.num_shared_rows
-        logger.info(
-            "treespec: requests share %d rows of a forward pass (tree.max_rows), so "
-            "the nodes of each follow the batch size: %s",
-            num_rows,
-            ", ".join(
-                f"{first}-{last}: {each}"
-                for first, last, each in nodes_by_batch_size(
-                    nodes, num_rows, max_num_reqs
-                )
-            ),
+        schedule = nodes_by_batch_size(nodes, num_rows, max_num_reqs)
+        each = ", ".join(f"{first}-{last}: {each}" for first, last, each in schedule)
+        load = (
+            f"fewer in large batches, which share {num_rows} rows of a forward pass "
+            f"(tree.max_rows): {each}"
         )
+    logger.info(
+        "treespec: trees of %d draft nodes per request and step, from %s; %s",
+        nodes,
+        ", ".join(config.proposer_names),
+        load,
+    )
     if num_rows > scheduler.max_num_batched_tokens:
         logger.warning(
             "treespec: max_num_batched_tokens=%d is less than the %d rows that trees "

@@ -74,8 +74,7 @@ def environment() -> dict[str, str]:
         if key != "VLLM_ENABLE_V1_MULTIPROCESSING"
     }
     env |= {"PYTHONSAFEPATH": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
-    # Endpoints are added to a server only by name, see docs/operations.md.
-    env |= {"VLLM_PLUGINS": "treespec,treespec_cpu_host"}
+    env.pop("VLLM_PLUGINS", None)
     if not torch.cuda.is_available():
         env |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         env |= {"VLLM_CPU_CI_ENV": "1"}  # no warm-up
