@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_treespec.config import ConfigError, NgramConfig, TreeSpecConfig
@@ -14,6 +15,7 @@ from vllm_treespec.integration.plugin import register
 
 TARGET = str(Path(__file__).parents[2] / "models/python-stdlib/target")
 TREE = {"method": "treespec", "tree": {"proposers": [{"type": "ngram"}]}}
+NUM_NODES = 31 if torch.cuda.is_available() else 7  # in float32
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def make(speculative_config=None, **options):
 def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
     args, config = make(TREE, additional_config={"mine": 1})
     assert config.speculative_config.method == "ngram_gpu"
-    assert config.speculative_config.num_speculative_tokens == 31
+    assert config.speculative_config.num_speculative_tokens == NUM_NODES
     assert config.parallel_config.worker_cls == WORKER
     assert config.additional_config["mine"] == 1
     assert from_vllm_config(config).proposers == (NgramConfig(),)

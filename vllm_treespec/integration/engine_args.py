@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_treespec.config import METHOD, ConfigError, TreeSpecConfig
+from vllm_treespec.integration.cpu_sizes import has_amx, parse_for_cpu, sizes_for
 from vllm_treespec.integration.sizing import schedule_of, settle_schedule
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def wrap_create_engine_config(
         raw = requested(self)
         if raw is None:
             return original(self, usage_context, headless)
-        config = TreeSpecConfig.parse(raw)
+        config = _parse(raw, self.dtype)
         if self.worker_cls != "auto":
             raise ConfigError(
                 f"worker_cls={self.worker_cls!r}: treespec brings its own worker, "
@@ -71,6 +72,15 @@ def requested(args: EngineArgs) -> dict[str, Any] | None:
             "tree.proposers in --speculative-config"
         )
     return raw
+
+
+def _parse(raw: Mapping[str, Any], dtype: Any) -> TreeSpecConfig:
+    """With the platform's sizes, wherever the user gave none."""
+    from vllm.platforms import current_platform  # not while vLLM loads plugins
+
+    if not current_platform.is_cpu():
+        return TreeSpecConfig.parse(raw)
+    return parse_for_cpu(raw, sizes_for(dtype, has_amx=has_amx()))
 
 
 def has_trees(vllm_config: VllmConfig) -> bool:
