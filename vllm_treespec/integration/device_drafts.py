@@ -76,6 +76,10 @@ class DeviceDrafts:
                 self.recycle = Recycle(each, vllm_config, index=index, **shared)
 
     @property
+    def with_own_weights(self) -> list[DraftModel]:
+        return [each for each in self.models.values() if isinstance(each, DraftModel)]
+
+    @property
     def shared_index(self) -> int | None:
         """Of the proposer that remembers the text of all requests in one table."""
         return None if self.recycle is None else self.recycle.index

@@ -16,6 +16,7 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import AuxOutputConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
 from vllm_treespec.config import ConfigError, DraftModelConfig
 from vllm_treespec.core.kernel_set import KernelSet
@@ -51,7 +52,7 @@ class DraftModel(DeviceDraft):
             fed_width=max_accepted + 2,
             **options,
         )
-        self._prefix = prefix
+        self.prefix = prefix
         self.max_accepted = max_accepted
 
     def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
@@ -60,7 +61,7 @@ class DraftModel(DeviceDraft):
         before = set(_attention_layers(vllm_config))
         # vLLM validates the copy anew, which writes into these parts of it. What the
         # engine does for its users is the target's business, and may not fit a draft.
-        config = replace(
+        self._load_config = config = replace(
             vllm_config,
             model_config=self._model_config,
             quant_config=None,
@@ -75,8 +76,8 @@ class DraftModel(DeviceDraft):
             reasoning_config=None,
         )
         try:
-            with set_model_tag(self._prefix):
-                self.model = get_model(vllm_config=config, prefix=self._prefix)
+            with set_model_tag(self.prefix):
+                self.model = get_model(vllm_config=config, prefix=self.prefix)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"draft_model {self.config.model!r} does not fit beside the target: "
@@ -90,6 +91,10 @@ class DraftModel(DeviceDraft):
         for name in self.layer_names:
             layers[name].is_draft_layer = True
             bind_layer(name, layers[name], kernels, self.grower.batch)
+
+    def reload(self) -> None:
+        """Load the weights again, in place: something has discarded them."""
+        reload_weights(self._load_config, self.model, None, None, True)
 
     def catch_up(
         self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor

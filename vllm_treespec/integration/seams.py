@@ -471,6 +471,22 @@ HOOKS = (
         "draft models are loaded",
     ),
     Hook(
+        "vllm.model_executor.model_loader.reload.inplace:reload_weights",
+        (
+            "vllm_config",
+            "model",
+            "weights_iterator",
+            "weights_path",
+            "is_checkpoint_format",
+        ),
+        "draft models are loaded again after their weights were discarded",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.wake_up",
+        ("self", "tags"),
+        "draft models are loaded again after their weights were discarded",
+    ),
+    Hook(
         "vllm.forward_context:set_forward_context",
         ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp"),
         "draft models run on batches of their own",

@@ -154,7 +154,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
 
     def _set_what_the_runner_reads(self) -> None:
-        self.model = None
+        self.model: torch.nn.Module | None = None
         self.draft_logits = None
         self.supports_mm_inputs = False
         self.enable_adaptive_verification = False
@@ -185,6 +185,9 @@ class TreeSpeculator(DraftModelSpeculator):
         for draft in self.drafts.models.values():
             draft.load(self.kernels, target_model)
             self.draft_attn_layer_names |= draft.own_layer_names
+        # What vLLM saves, restores and looks for under names that begin with 'draft.'.
+        if own := {draft.prefix: draft.model for draft in self.drafts.with_own_weights}:
+            self.model = torch.nn.ModuleDict(own)
         target_model.get_model_state_cls = lambda: TreeModelState.bound_to(self)  # type: ignore[assignment]
 
     def set_attn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.outputs import DraftTokenIds
 
@@ -23,6 +24,8 @@ else:
 
 
 class TreeWorker(PlatformWorker):
+    _discarded_weights = False  # by sleep, until they are loaded again
+
     def init_device(self) -> None:
         check_hooks()
         super().init_device()
@@ -46,6 +49,33 @@ class TreeWorker(PlatformWorker):
             follow_paths_in_outputs(
                 runner.aux_output_connector, runner.speculator.paths
             )
+
+    def sleep(self, level: int = 1) -> None:
+        super().sleep(level)
+        self._discarded_weights = level == 2
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        # Those that the user had vLLM keep may be newer than the checkpoint's.
+        is_kept = any(
+            name.startswith("draft.") for name in self._sleep_saved_parameters
+        )
+        super().wake_up(tags)
+        if self._discarded_weights and (tags is None or "weights" in tags):
+            self._discarded_weights = False
+            if not is_kept:
+                self._reload_drafts()
+
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: Any = None, **options: Any
+    ) -> None:
+        super().reload_weights(weights_iterator, weights_path, **options)
+        if weights_iterator is None and weights_path is None:
+            self._reload_drafts()  # others are the target's alone
+
+    def _reload_drafts(self) -> None:
+        with set_current_vllm_config(self.vllm_config):
+            for draft in self.model_runner.speculator.drafts.with_own_weights:
+                draft.reload()
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
