@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_treespec.config import METHOD, ConfigError
+from vllm_treespec.config import METHOD, ConfigError, TreeSpecConfig
 from vllm_treespec.core.propose.sequoia import expected_tokens, optimal_template
 from vllm_treespec.integration.check import check
 from vllm_treespec.integration.measure_acceptance import (
@@ -54,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vllm-treespec", description="Tree speculative decoding for vLLM."
     )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"vllm-treespec {version('vllm-treespec')}",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands)
     tune = commands.add_parser("tune", help="measure what a proposer needs to know")
@@ -70,18 +76,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_check(commands: Any) -> None:
-    parser = commands.add_parser("check", help="will it work here, and as what?")
+    parser = commands.add_parser("check", help="would the engine start, and as what?")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the options as a JSON schema"
+    )
     parser.add_argument(
         "speculative_config",
         nargs="?",
         default=json.dumps({"method": METHOD}),
         help="the JSON given to --speculative-config",
     )
+    parser.add_argument(
+        "engine",
+        nargs=argparse.REMAINDER,
+        metavar="MODEL ...",
+        help="the target, and more options of vllm serve",
+    )
     parser.set_defaults(run=_check)
 
 
-def _check(speculative_config: str) -> int:
-    return 0 if check(speculative_config) else 1
+def _check(speculative_config: str, engine: list[str], schema: bool) -> int:
+    if schema:
+        print(json.dumps(TreeSpecConfig.json_schema(), indent=2))
+    else:
+        check(speculative_config, engine)
+    return 0
 
 
 def _add_tune_sequoia(whats: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,75 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(options, message)
     with pytest.raises(ConfigError) as error:
         make(TREE, **options)
     assert message in str(error.value)
+
+
+def drafting(**options):
+    return {"method": "treespec", "tree": {"proposers": [options]}}
+
+
+@pytest.fixture
+def draft(tmp_path):
+    """A copy of the draft, to be spoilt."""
+    return Path(shutil.copytree(Path(TARGET).with_name("draft"), tmp_path / "draft"))
+
+
+def test_a_draft_with_other_tokens_of_equal_number_is_refused(draft):
+    raw = drafting(type="draft_model", model=str(draft))
+    make(raw)
+    path = draft / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab, size = tokenizer["model"]["vocab"], len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"] = {
+        token: number if number < 300 else 300 + (number + 1 - 300) % (size - 300)
+        for token, number in vocab.items()
+    }
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="tokens are not those of the target"):
+        make(raw)
+
+
+def test_a_target_with_another_models_tokenizer_is_refused(draft, tmp_path):
+    path = draft / "config.json"
+    config = {**json.loads(path.read_text()), "vocab_size": 1024}
+    path.write_text(json.dumps(config))
+    raw = drafting(type="draft_model", model=str(draft))
+    args = EngineArgs(model=str(draft), speculative_config=raw, dtype="float32")
+    with pytest.raises(ConfigError, match="has 1024 tokens in its vocabulary, its tok"):
+        args.create_engine_config()
+
+
+def test_a_draft_folder_without_weights_is_refused(draft):
+    raw = drafting(type="draft_model", model=str(draft))
+    for path in draft.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"the folder has no weights \(\*.safetensors"
+    ):
+        make(raw)
+    make(raw, load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ({"attention": [1, 99]}, "skip.attention: layer 99 is skipped, the model has"),
+        ({"mlp": [1], "num_layers": 99}, "skip.num_layers=99: the model has"),
+    ],
+)
+def test_a_skip_set_outside_the_model_is_refused(skip, message):
+    with pytest.raises(ConfigError, match=message):
+        make(drafting(type="layer_skip", skip=skip))
+
+
+def test_heads_wider_than_the_kernels_are_refused(draft):
+    path = draft / "config.json"
+    config = {**json.loads(path.read_text()), "head_dim": 512}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="head_size=512: must be at most 256"):
+        make(drafting(type="draft_model", model=str(draft)))
+    args = EngineArgs(model=str(draft), speculative_config=TREE, dtype="float32")
+    with pytest.raises(ConfigError, match="head_size=512: the tree kernel takes at"):
+        args.create_engine_config()
 
 
 def test_model_runner_v1_is_refused(monkeypatch):

@@ -1,15 +1,26 @@
 import json
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from vllm_treespec import __main__ as command
-from vllm_treespec.config import ConfigError, SkipSet
+from vllm_treespec.config import ConfigError, SkipSet, TreeSpecConfig
 from vllm_treespec.integration.measure_acceptance import Measured, MeasureOptions
 from vllm_treespec.integration.tune_layer_skip import Outcome, Tuned, TuneOptions
 
 main = command.main
+
+
+@pytest.fixture(autouse=True)
+def runner(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 REQUIRED = ["--draft", "small", "--data", "text.txt"]
 
 
@@ -18,8 +29,7 @@ def test_check_prints_versions_seams_and_config(capsys):
     assert main(["check", config]) == 0
     printed = capsys.readouterr().out
     assert "vllm 0.3" in printed
-    assert "moved" not in printed
-    assert "EngineArgs.create_engine_config" in printed
+    assert "seams fit" in printed and "would start" in printed
     assert '"num_speculative_tokens": 9' in printed
 
 
@@ -28,11 +38,101 @@ def test_check_needs_no_config(capsys):
     assert '"num_speculative_tokens": 31' in capsys.readouterr().out
 
 
-def test_a_wrong_config_is_an_error_exit(capsys):
-    assert main(["check", '{"tree": {"proposers": []}}']) == 1
-    assert "name at least one of" in capsys.readouterr().out
-    assert main(["check", "[1]"]) == 1
-    assert "must be a JSON object" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"method": "treespec", "tree": {"proposers": []}}', "name at least one of"),
+        ("[1]", "must be a JSON object"),
+        ("{bad json", "the configuration is no JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"num_speculative_tokens": ' + "9" * 5000 + "}", "is no JSON"),
+        ('{"method": "eagle"}', "method='eagle': must be 'treespec'"),
+        ("{}", "method is missing"),
+        ('{"method": "treespec", "method": "treespec"}', "'method' is given twice"),
+        (
+            '{"method": "treespec", "tree": {"draft_logits_gib": NaN}}',
+            "NaN is no number",
+        ),
+    ],
+)
+def test_a_wrong_config_is_an_error_exit_before_vllm_is_looked_at(
+    config, message, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["check", config]) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
+    assert len(printed.err) < 500
+
+
+def test_wrong_json_is_told_without_importing_vllm_or_torch():
+    code = (
+        "import sys; from vllm_treespec.__main__ import main; "
+        "assert main(['check', '{bad json']) == 1; "
+        "assert not {'vllm', 'torch', 'numba'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_a_broken_vllm_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["check"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "vLLM cannot be imported: ModuleNotFoundError" in line
+
+
+def draft(model):
+    proposers = [{"type": "draft_model", "model": str(model)}]
+    return json.dumps({"method": "treespec", "tree": {"proposers": proposers}})
+
+
+MODELS = Path(__file__).parents[2] / "models/python-stdlib"
+
+
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        (draft(MODELS / "draft"), []),
+        (draft(MODELS / "draft"), [MODELS / "target", "--dtype", "float32"]),
+        ('{"method": "treespec", "tree": {"proposers": [{"type": "layer_skip"}]}}', []),
+    ],
+)
+def test_what_would_start_is_said_to(config, engine, capsys):
+    assert main(["check", config, *map(str, engine)]) == 0
+    printed = capsys.readouterr().out
+    assert ("no target was named" in printed) == (not engine)
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "message"),
+    [
+        (draft("/no/such/draft"), [], "/no/such/draft"),
+        (draft("/no/such/draft"), [MODELS / "target"], "/no/such/draft"),
+        (draft(MODELS / "draft"), ["/no/such/target"], "/no/such/target"),
+        (
+            '{"method": "treespec"}',
+            [MODELS / "target", "--pipeline-parallel-size", "2"],
+            "pipeline_parallel_size=2: must be 1",
+        ),
+    ],
+)
+def test_what_would_not_start_is_said_not_to(config, engine, message, capsys):
+    assert main(["check", config, *map(str, engine)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_runner_that_is_refused_is_found(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert main(["check"]) == 1
+    assert "Model Runner V1 was chosen" in capsys.readouterr().err
+
+
+def test_the_schema_is_printed_and_so_is_the_version(capsys):
+    assert main(["check", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == TreeSpecConfig.json_schema()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"vllm-treespec {version('vllm-treespec')}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["tune"], ["tune", "sequoia", "large"]])

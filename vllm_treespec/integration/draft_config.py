@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.tokenizers import get_tokenizer
 
-from vllm_treespec.config import ConfigError, DraftModelConfig, TreeSpecConfig
+from vllm_treespec.config import (
+    ConfigError,
+    DraftModelConfig,
+    LayerSkipConfig,
+    TreeSpecConfig,
+)
 from vllm_treespec.core.propose.factory import make_shape
 from vllm_treespec.integration.engine_args import from_vllm_config
 from vllm_treespec.integration.sizing import max_num_drafting
+from vllm_treespec.integration.skipped_layers import outside
+from vllm_treespec.kernels.tree_attention import MAX_HEAD_SIZE
 
 
 class TreeVllmConfig(VllmConfig):
@@ -50,8 +58,12 @@ def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
         model = target
         if isinstance(draft, DraftModelConfig):
             model = draft_model_config(draft, target)
+            yield from _unfit(model, vllm_config)
         elif vllm_config.lora_config is not None:
             yield "layer_skip drafts without adapters: switch LoRA off"
+        if isinstance(draft, LayerSkipConfig) and draft.skip is not None:
+            for problem in outside(draft.skip, target.get_total_num_hidden_layers()):
+                yield f"layer_skip: skip.{problem}"
         name = f"{draft.type} {model.model!r}"
         if vllm_config.parallel_config.data_parallel_size > 1 and (
             target.is_moe or model.is_moe
@@ -78,6 +90,45 @@ def _problems(vllm_config: VllmConfig, config: TreeSpecConfig) -> Iterator[str]:
             )
 
 
+def _unfit(draft: ModelConfig, vllm_config: VllmConfig) -> Iterator[str]:
+    """What keeps this checkpoint from being loaded or from drafting."""
+    name, target = f"draft_model {draft.model!r}", vllm_config.model_config
+    folder = Path(draft.model)
+    if vllm_config.load_config.load_format in WEIGHTS and folder.is_dir():
+        patterns = WEIGHTS[vllm_config.load_config.load_format]
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            yield f"{name}: the folder has no weights ({', '.join(patterns)})"
+    if (size := draft.get_head_size()) > MAX_HEAD_SIZE:
+        yield f"{name}: head_size={size}: must be at most {MAX_HEAD_SIZE}"
+    if target.skip_tokenizer_init:
+        return
+    try:
+        ours, theirs = _vocabularies(draft, target)
+    except (ValueError, OSError):
+        return  # without tokenizers there is nothing to compare but the size
+    meant = {number: token for token, number in ours.items()}
+    shared = {number: token for token, number in theirs.items() if number in meant}
+    others = sum(meant[number] != token for number, token in shared.items())
+    # Families name a few of their special tokens anew from version to version.
+    if others > len(shared) * OTHER_TOKENS:
+        yield (
+            f"{name}: {others} of {len(shared)} tokens are not those of the target "
+            f"{target.model!r}; take a draft of the same family"
+        )
+    beyond = [number for number in theirs.values() if number >= target.get_vocab_size()]
+    if len(beyond) > len(theirs) * OTHER_TOKENS:
+        yield (
+            f"{target.model!r} has {target.get_vocab_size()} tokens in its vocabulary, "
+            f"its tokenizer {target.tokenizer!r} goes up to {max(beyond)}; take its own"
+        )
+
+
+OTHER_TOKENS = 0.01  # share of the vocabulary
+WEIGHTS = {
+    "auto": ("*.safetensors", "*.bin", "*.pt", "*.pth"),
+    "safetensors": ("*.safetensors",),
+    "pt": ("*.pt", "*.pth"),
+}
 _CPU = torch.device("cpu")
 
 
@@ -126,6 +177,19 @@ def draft_model_config(config: DraftModelConfig, target: ModelConfig) -> ModelCo
     return draft
 
 
+def _vocabularies(draft: ModelConfig, target: ModelConfig) -> list[dict[str, int]]:
+    """Token -> id, of both."""
+    return [
+        get_tokenizer(
+            name, trust_remote_code=target.trust_remote_code, revision=revision
+        ).get_vocab()
+        for name, revision in (
+            (draft.model, draft.revision),
+            (target.tokenizer, target.tokenizer_revision),
+        )
+    ]
+
+
 def _check_same_tokens(where: str, draft: ModelConfig, target: ModelConfig) -> None:
     """Models of one family pad one vocabulary to different sizes; others do not fit."""
     sizes = (
@@ -133,15 +197,7 @@ def _check_same_tokens(where: str, draft: ModelConfig, target: ModelConfig) -> N
         f"{target.model!r} has {target.get_vocab_size()}"
     )
     try:
-        vocabularies = [
-            get_tokenizer(
-                name, trust_remote_code=target.trust_remote_code, revision=revision
-            ).get_vocab()
-            for name, revision in (
-                (draft.model, draft.revision),
-                (target.tokenizer, target.tokenizer_revision),
-            )
-        ]
+        vocabularies = _vocabularies(draft, target)
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"{sizes}, and their tokenizers cannot be compared: {error}"

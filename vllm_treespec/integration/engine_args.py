@@ -142,6 +142,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
+    # Imported late: Triton is not needed to load plugins.
+    from vllm_treespec.kernels.tree_attention import MAX_HEAD_SIZE
+
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
     if not vllm_config.use_v2_model_runner:
@@ -173,6 +176,8 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "encoder-decoder models keep KV that trees do not cover"
     if model.is_hybrid or model.is_attention_free:
         yield "recurrent layers have one state per request, not one per tree node"
+    elif (size := model.get_head_size()) > MAX_HEAD_SIZE and not model.use_mla:
+        yield f"head_size={size}: the tree kernel takes at most {MAX_HEAD_SIZE}"
     if model.use_mla:
         yield "multi-head latent attention (MLA) has no tree kernel"
     if model.uses_mrope:

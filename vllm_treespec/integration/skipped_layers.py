@@ -110,12 +110,8 @@ def fingerprint(target: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: if the set is not one of this model.
-    """
-    num_layers = len(layers_of(target)[1])
+def outside(skip: SkipSet, num_layers: int) -> list[str]:
+    """What a set asks of a model with so many layers that it does not have."""
     problems = [
         f"{name}: layer {layer} is skipped, the model has layers 0 to {num_layers - 1}"
         for name in ("attention", "mlp")
@@ -126,9 +122,16 @@ def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
         problems.append("no layer is left")
     if skip.num_layers not in (None, num_layers):
         problems.append(f"num_layers={skip.num_layers}: the model has {num_layers}")
-    elif skip.fingerprint is not None and skip.fingerprint != (
-        own := fingerprint(target)
-    ):
+    return problems
+
+
+def check_skip_set(skip: SkipSet, target: torch.nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: if the set is not one of this model.
+    """
+    problems = outside(skip, len(layers_of(target)[1]))
+    if skip.fingerprint not in (None, own := fingerprint(target)):
         problems.append(
             f"fingerprint={skip.fingerprint!r}: tuned for another model "
             f"({skip.model!r}), this one's is {own!r}; run 'vllm-treespec tune "
