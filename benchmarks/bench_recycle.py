@@ -162,7 +162,13 @@ def ngram(num_nodes: int) -> Source:
 def recycle(num_nodes: int, k: int = 16, depth: int = 8) -> Source:
     vocab_size = bench_model_free.tokenizer().get_vocab_size()
     recycler = Recycler(
-        vocab_size=vocab_size, k=k, depth=depth, max_nodes=num_nodes, device=CPU
+        KERNELS,
+        vocab_size=vocab_size,
+        k=k,
+        depth=depth,
+        max_nodes=num_nodes,
+        max_num_reqs=BATCH,
+        device=CPU,
     )
     return RecycleSource(target(), recycler)
 

@@ -7,20 +7,25 @@ import torch
 from vllm_treespec.config import TreeSpecConfig
 from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.candidates import DeviceCandidates
-from vllm_treespec.core.kernel_set import KernelSet, choose_kernels
+from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.propose.recycle import (
     MAX_AGE,
-    NONE,
-    PICK_WEIGHT,
-    RATE,
     Contexts,
     Recycler,
     Successors,
 )
 from vllm_treespec.core.tree import TreeBuffers
+from vllm_treespec.kernels.recycling import NONE, PICK_WEIGHT, RATE
+from vllm_treespec.kernels.reference.successors import (
+    log_rates,
+    log_weights,
+    look_up,
+    rows_of,
+)
 from vllm_treespec.testing.no_sync import NoSync
 
 CPU = torch.device("cpu")
+KERNELS = choose_kernels(TreeSpecConfig(kernels="torch"), CPU)
 VOCAB_SIZE = 23
 DEPTH, K = 4, 3
 
@@ -30,13 +35,41 @@ def contexts(pairs):
     return Contexts(torch.tensor(before), torch.tensor(token_ids))
 
 
-def recycler(max_nodes=9, num_pairs=None, k=K):
+def recycler(max_nodes=9, num_pairs=None, k=K, device=CPU):
     made = Recycler(
-        vocab_size=VOCAB_SIZE, k=k, depth=DEPTH, max_nodes=max_nodes, device=CPU
+        choose_kernels(TreeSpecConfig(), device) if device != CPU else KERNELS,
+        vocab_size=VOCAB_SIZE,
+        k=k,
+        depth=DEPTH,
+        max_nodes=max_nodes,
+        max_num_reqs=8,
+        device=device,
     )
     if num_pairs is not None:
         made.table = Successors.allocate(VOCAB_SIZE, k, CPU, num_pairs)
     return made
+
+
+def learn(table, pairs, successors, weights, order, max_age=1):
+    """Blend what followed some contexts, in an order of its own."""
+    learned = contexts(pairs)
+    rows = rows_of(*learned, VOCAB_SIZE, table.owners.shape[0])
+    keys = (rows << 32) | order
+    KERNELS.blend_successors(
+        *keys.flatten().sort(),
+        *learned,
+        successors,
+        weights,
+        VOCAB_SIZE,
+        table.owners,
+        table.token_ids,
+        table.weights,
+        max_age,
+    )
+
+
+def prompt_of(*token_ids):
+    return torch.tensor([NONE, *token_ids])
 
 
 class PlainTable:
@@ -64,7 +97,7 @@ class PlainTable:
 
 def row_of(table, before, token_id):
     """Successors of a context in their order, with their weights."""
-    rows, _ = table.look_up(contexts([(before, token_id)]))
+    rows, _ = look_up(*contexts([(before, token_id)]), VOCAB_SIZE, table.owners)
     found = zip(
         table.token_ids[rows[0]].tolist(), table.weights[rows[0]].tolist(), strict=True
     )
@@ -85,8 +118,9 @@ def test_the_table_is_its_plain_twin_on_any_sequence_of_rows():
         said = [rng.sample(range(VOCAB_SIZE), width) for _ in rows]
         weights = [[rng.random() / width for _ in range(width)] for _ in rows]
         order = rng.sample(range(100), len(rows))
-        table.learn(
-            contexts(rows),
+        learn(
+            table,
+            rows,
             torch.tensor(said, dtype=torch.int32),
             torch.tensor(weights),
             torch.tensor(order),
@@ -108,8 +142,9 @@ def test_the_table_is_its_plain_twin_on_any_sequence_of_rows():
 
 def test_of_a_context_that_comes_again_the_newest_counts():
     table = Successors.allocate(VOCAB_SIZE, K, CPU, 64)
-    table.learn(
-        contexts([(1, 2), (1, 2), (1, 2)]),
+    learn(
+        table,
+        [(1, 2), (1, 2), (1, 2)],
         torch.tensor([[5], [6], [7]], dtype=torch.int32),
         torch.ones(3, 1),
         torch.tensor([1, 9, 4]),
@@ -120,8 +155,9 @@ def test_of_a_context_that_comes_again_the_newest_counts():
 def test_a_pair_whose_row_was_taken_by_another_is_forgotten_not_mistaken():
     table = Successors.allocate(VOCAB_SIZE, K, CPU, num_pairs=1)
     for before, said in ((1, 7), (3, 8)):
-        table.learn(
-            contexts([(before, 2)]),
+        learn(
+            table,
+            [(before, 2)],
             torch.tensor([[said]], dtype=torch.int32),
             torch.ones(1, 1),
             torch.zeros(1, dtype=torch.int64),
@@ -134,7 +170,7 @@ def test_a_pair_whose_row_was_taken_by_another_is_forgotten_not_mistaken():
 
 def test_a_prompt_teaches_what_it_goes_on_with():
     made = recycler()
-    made.learn_prompt(torch.tensor([4, 5, 6, 5, 7, 999, 5, 9]))
+    made.learn_prompt(prompt_of(4, 5, 6, 5, 7, 999, 5, 9))
     twin = PlainTable()
     prompt = [(NONE, 4, 5), (4, 5, 6), (5, 6, 5), (6, 5, 7), (999, 5, 9)]
     for before, token_id, said in prompt:
@@ -148,7 +184,7 @@ def test_a_prompt_teaches_what_it_goes_on_with():
 @pytest.mark.parametrize("prompt", [[], [3]])
 def test_a_prompt_without_a_pair_teaches_nothing(prompt):
     made = recycler()
-    made.learn_prompt(torch.tensor(prompt, dtype=torch.int64))
+    made.learn_prompt(prompt_of(*prompt))
     assert bool((made.table.token_ids == NONE).all())
 
 
@@ -156,7 +192,7 @@ def test_of_a_prompt_only_the_last_occurrences_of_a_context_are_kept():
     made = recycler()
     said = [10, 11, 12, 13, 14, 15]
     prompt = [token for each in said for token in (1, each)]
-    made.learn_prompt(torch.tensor(prompt))
+    made.learn_prompt(prompt_of(*prompt))
     assert MAX_AGE == 4
     assert list(row_of(made.table, NONE, 1)) == [15, 14, 13]
 
@@ -214,9 +250,10 @@ def best_first(made, before, root, max_nodes):
         found.append((path, -cost))
         if len(path) == DEPTH:
             continue
-        successors, log_probs = made._successors(
-            Contexts(torch.tensor([[before]]), torch.tensor([[token_id]]))
-        )
+        table, context = made.table, contexts([(before, token_id)])
+        rows, is_pair = look_up(*context, VOCAB_SIZE, table.owners)
+        successors, scores = table.token_ids[rows], log_weights(table.weights[rows])
+        log_probs = log_rates(scores, is_pair, made.rates.knots)
         for child, log_prob in zip(
             successors.flatten().tolist(), log_probs.flatten().tolist(), strict=True
         ):
@@ -295,17 +332,19 @@ def test_how_often_a_weight_is_right_decides_whether_trees_are_deep_or_wide():
 
 def test_what_was_said_past_the_end_or_behind_a_miss_teaches_no_rates():
     made = recycler()
-    made.learn_prompt(torch.tensor([1, 2, 3, 4, 5]))
-    known = []
-    made._rates.observe = lambda scores, labels: known.append(labels)  # type: ignore
-    roots = contexts([(NONE, 1), (NONE, 1), (NONE, 9)])
-    emitted = torch.tensor([[2, 3, 4, 9], [2, 8, 4, 5], [1, 2, 3, 4]])
-    made.learn_rates(roots, emitted, torch.tensor([2, 4, 4]))
-    labels = known[0].view(2, 3, DEPTH, K)
-    kinds = labels.amax(0)[:, :, 0].tolist()  # of each row's only successor
+    made.learn_prompt(prompt_of(1, 2, 3, 4, 5))
     # Stale columns are nothing, a miss ends it, and an unknown root knows nothing.
-    assert kinds == [[1, 1, -1, -1], [1, 0, -1, -1], [-1, -1, -1, -1]]
-    assert labels[0, 0, 0, 0] == 1 and labels[1, 0, 1, 0] == 1  # token, then pair
+    for root, emitted, num_emitted, right, known in (
+        (1, [2, 3, 4, 9], 2, [1, 1], [1, 1]),  # by a token's row, then by a pair's
+        (1, [2, 8, 4, 5], 4, [1, 0], [1, 1]),
+        (9, [1, 2, 3, 4], 4, [0, 0], [0, 0]),
+    ):
+        made.rates.right.zero_()
+        made.rates.known.zero_()
+        roots, said = contexts([(NONE, root)]), torch.tensor([emitted])
+        made.learn_rates(roots, said, torch.tensor([num_emitted]))
+        assert made.rates.right.sum(1).tolist() == right
+        assert made.rates.known.sum(1).tolist() == known
 
 
 def test_clearing_forgets_every_successor():
@@ -341,7 +380,7 @@ def steps(made, builder, device):
     active = torch.tensor([True, False], device=device)
     emitted = torch.tensor([[2, 3, 0], [4, 0, 0]], device=device)
     counts = torch.tensor([2, 1], dtype=torch.int32, device=device)
-    prompt = torch.tensor([1, 2, 3, 1, 2], device=device)
+    prompt = prompt_of(1, 2, 3, 1, 2).to(device)
     slots = torch.tensor([1, 0], device=device)
     # [3] per slot
     max_nodes = torch.full((3,), 9, dtype=torch.int32, device=device)
@@ -367,20 +406,15 @@ def builder_on(device, kernels):
 
 def test_nothing_waits_for_the_device_from_logits_to_trees():
     """The kernels are left out: a launch does not wait, and their twins do."""
-    made = recycler(max_nodes=9)
-    launched = []
-    kernels = KernelSet(
-        **{
-            name: lambda *_, name=name: launched.append(name)
-            for name in KernelSet.__slots__
-        }
-    )
+    made, watch = recycler(max_nodes=9), NoSync()
+    kernels = watch.wrap(KERNELS)
+    made._kernels = made.rates._kernels = kernels
     builder = builder_on(CPU, kernels)
     run = steps(made, builder, CPU)
-    with NoSync() as watch:
+    with watch, watch.during("steps"):
         run()
-    assert watch.num_calls > 1000
-    assert {"merge_candidates", "select_nodes", "tally_candidates"} <= set(launched)
+    assert watch.num_calls >= 80  # topk and sort
+    assert {"merge_candidates", "fit_rates", "grow_paths"} <= set(watch.names["steps"])
     counts = builder.candidates.of(0).num_candidates.tolist()
     assert counts[0] > 0 and counts[1:] == [0, 0]
 
@@ -388,8 +422,7 @@ def test_nothing_waits_for_the_device_from_logits_to_trees():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA itself")
 def test_nothing_waits_for_a_gpu():
     device = torch.device("cuda")
-    made = Recycler(vocab_size=VOCAB_SIZE, k=K, depth=DEPTH, max_nodes=9, device=device)
-    kernels = choose_kernels(TreeSpecConfig(), device)
+    made, kernels = recycler(device=device), choose_kernels(TreeSpecConfig(), device)
     run = steps(made, builder_on(device, kernels), device)
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -397,21 +430,3 @@ def test_nothing_waits_for_a_gpu():
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
-def test_a_cuda_graph_holds_the_growth():
-    device = torch.device("cuda")
-    made = Recycler(vocab_size=VOCAB_SIZE, k=K, depth=DEPTH, max_nodes=9, device=device)
-    out, again = (DeviceCandidates.allocate(1, 2, 9, device).of(0) for _ in range(2))
-    roots = Contexts(*(each.to(device) for each in contexts([(0, 1), (2, 3)])))
-    active = torch.ones(2, dtype=torch.bool, device=device)
-    made.grow(roots, active, out)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made.grow(roots, active, out)
-    made.learn_prompt(torch.tensor([1, 2, 3, 4, 3, 5], device=device))
-    graph.replay()
-    made.grow(roots, active, again)
-    assert out.num_candidates.tolist() == again.num_candidates.tolist() != [0, 0]
-    assert torch.equal(out.token_ids, again.token_ids)

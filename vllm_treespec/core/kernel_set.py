@@ -36,6 +36,13 @@ class KernelSet:
     select_nodes: Callable[..., None]
     perturb_logits: Callable[..., None]
     newest_tokens: Callable[..., None]
+    read_nodes: Callable[..., None]
+    read_roots: Callable[..., None]
+    learn_rates: Callable[..., None]
+    fit_rates: Callable[..., None]
+    weigh_successors: Callable[..., None]
+    blend_successors: Callable[..., None]
+    grow_paths: Callable[..., None]
 
 
 def choose_kernels(config: TreeSpecConfig, device: torch.device) -> KernelSet:

@@ -19,11 +19,13 @@ from vllm_treespec.config import (
     TreeSpecConfig,
 )
 from vllm_treespec.core.build import TreeBuilder
+from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.device_draft import DeviceDraft
 from vllm_treespec.integration.draft_model import DraftModel
 from vllm_treespec.integration.layer_skip import LayerSkip
+from vllm_treespec.integration.node_rows import VerifiedRows
 from vllm_treespec.integration.recycle import Recycle
 from vllm_treespec.integration.worth import Worth
 
@@ -38,6 +40,7 @@ class DeviceDrafts:
         config: TreeSpecConfig,
         vllm_config: VllmConfig,
         *,
+        kernels: KernelSet,
         builder: TreeBuilder,  # whose candidates they write
         worth: Worth,
         ranks: Any,
@@ -73,7 +76,9 @@ class DeviceDrafts:
                     **shared,
                 )
             elif isinstance(each, RecycleConfig):
-                self.recycle = Recycle(each, vllm_config, index=index, **shared)
+                self.recycle = Recycle(
+                    each, vllm_config, index=index, kernels=kernels, **shared
+                )
 
     @property
     def with_own_weights(self) -> list[DraftModel]:
@@ -88,8 +93,6 @@ class DeviceDrafts:
         """Capture CUDA graphs; inside vLLM's own capture."""
         for model in self.models.values():
             model.capture()
-        if self.recycle is not None:
-            self.recycle.capture()
 
     def add_request(self, token_ids: Sequence[int]) -> None:
         """A request begins, or goes on after it was preempted."""
@@ -135,20 +138,12 @@ class DeviceDrafts:
         for index, model in self.models.items():
             model.learn(trees, paths, slots, index)
 
-    def learn_logits(
-        self,
-        logits: torch.Tensor,  # [num_logits, vocab_size], one row per node
-        input_batch: Any,
-        trees: TreeBuffers,
-        paths: AcceptedPaths,
-        sampled: torch.Tensor,  # [num_reqs, max_num_nodes] int64
-        num_sampled: torch.Tensor,  # [num_reqs] int32
-    ) -> None:
+    def learn_logits(self, step: VerifiedRows) -> None:
         """The table sees what the target found likely at every node."""
         recycle = self.recycle
         if recycle is not None and self._worth.drafting[recycle.index]:
             with self._tried(recycle.index):
-                recycle.learn(logits, input_batch, trees, paths, sampled, num_sampled)
+                recycle.learn(step)
 
     def clear(self) -> None:
         """Forget all text that was learned from."""

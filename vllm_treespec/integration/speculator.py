@@ -119,6 +119,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.drafts = DeviceDrafts(
             config,
             vllm_config,
+            kernels=self.kernels,
             builder=self.builder,
             worth=self._worth,
             ranks=self._ranks,
@@ -151,6 +152,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._slots: dict[str, int] = {}
         # [max_num_reqs], whether all requests may draft from what a slot's says
         self._teaches = np.ones(max_num_reqs, np.bool_)
+        self._taught: VerifiedRows | None = None  # by this step, if it was verified
         self._num_drafts = np.zeros(max_num_reqs, dtype=np.int32)
 
     def _set_what_the_runner_reads(self) -> None:
@@ -313,6 +315,7 @@ class TreeSpeculator(DraftModelSpeculator):
         draws = self._draws(slot_list, num_speculative_tokens)
         if self.sampled is not None and draws:
             self.sampled.prepare(slots, temperature, seeds)
+        self._learn_logits(input_batch)
         offered = self.drafts.draft(
             input_batch, num_sampled, temperature, wanted, draws=draws
         )
@@ -354,12 +357,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self._counts = counts
         if self._ranks.is_first_rank:
             self._reporter.verified(counts)
-        taught = VerifiedRows(
+        self._taught = VerifiedRows(
             logits, input_batch, self.trees, self.paths, sampled, num_sampled
         )
-        teaches = self._teaches[input_batch.idx_mapping_np]
-        if teaches.any():
-            self.drafts.learn_logits(*taught.of_requests(np.flatnonzero(teaches)))
 
     def clear(self) -> None:
         """Forget all text that proposers have learned from."""
@@ -465,6 +465,15 @@ class TreeSpeculator(DraftModelSpeculator):
         self.builder.learn(
             slots, num_sampled, states.all_token_ids.gpu, states.total_len.gpu
         )
+
+    def _learn_logits(self, input_batch: Any) -> None:
+        """Learn from what was verified, now that the tokens are on their way out."""
+        taught, self._taught = self._taught, None
+        if taught is None or taught.batch is not input_batch:
+            return
+        teaches = self._teaches[input_batch.idx_mapping_np]
+        if teaches.any():
+            self.drafts.learn_logits(taught.of_requests(np.flatnonzero(teaches)))
 
     def num_drafts(self, req_id: str) -> int:
         """Draft tokens of the request that are worth scheduling."""

@@ -369,6 +369,142 @@ def newest_tokens(slots: str = "*i64") -> Arguments:
     )
 
 
+def read_nodes(block_nodes: int, indices: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "cu_num_logits_ptr",
+        "input_ids_ptr",
+        "texts_ptr",
+        "texts_stride",
+        "parents_ptr",
+        "parents_stride",
+        "num_nodes_ptr",
+        "paths_ptr",
+        "paths_stride",
+        "path_lens_ptr",
+        "sampled_stride",
+        "num_logits",
+        "num_reqs",
+        slots_ptr=indices,
+        logits_indices_ptr=indices,
+        positions_ptr="*i64",
+        sampled_ptr="*i64",
+        contexts_ptr="*i64",
+        roots_ptr="*i64",
+        BLOCK_NODES=block_nodes,
+        num_warps=1,
+    )
+
+
+def read_roots(slots: str = "*i64") -> Arguments:
+    return int32_arguments(
+        "num_tokens_ptr",
+        "texts_ptr",
+        "texts_stride",
+        "num_reqs",
+        slots_ptr=slots,
+        roots_ptr="*i64",
+        BLOCK_REQS=32,
+        num_warps=1,
+    )
+
+
+TABLE = {
+    "owners_ptr": "*i64",
+    "table_ids_ptr": "*i32",
+    "table_weights_ptr": "*fp32",
+    "before_ptr": "*i64",
+    "token_ids_ptr": "*i64",
+}
+
+
+def weigh_successors(values: str, block: int) -> Arguments:
+    return int32_arguments(
+        "num_contexts",
+        "best_ids_stride",
+        "best_values_stride",
+        "num_best",
+        "vocab_size",
+        "num_rows",
+        "successors_ptr",
+        before_ptr="*i64",
+        token_ids_ptr="*i64",
+        best_ids_ptr="*i64",
+        best_values_ptr=values,
+        picks_ptr="*i64",
+        keys_ptr="*i64",
+        weights_ptr="*fp32",
+        BLOCK_BEST=block,
+        num_warps=1,
+    )
+
+
+def blend_successors(block_new: int, block_old: int) -> Arguments:
+    return int32_arguments(
+        "num_keys",
+        "successors_ptr",
+        "num_new",
+        "vocab_size",
+        "nobody",
+        "num_old",
+        "max_age",
+        **TABLE,
+        keys_ptr="*i64",
+        entries_ptr="*i64",
+        weights_ptr="*fp32",
+        BLOCK_NEW=block_new,
+        BLOCK_OLD=block_old,
+        BLOCK=2 * block_old,
+        num_warps=1,
+    )
+
+
+def learn_rates() -> Arguments:
+    return int32_arguments(
+        "emitted_stride",
+        "num_emitted_ptr",
+        "max_depth",
+        "vocab_size",
+        "num_rows",
+        "k",
+        **TABLE,
+        emitted_ptr="*i64",
+        right_ptr="*fp32",
+        known_ptr="*fp32",
+        BLOCK_K=16,
+        num_warps=1,
+    )
+
+
+def fit_rates() -> Arguments:
+    return {
+        "right_ptr": "*fp32",
+        "known_ptr": "*fp32",
+        "knots_ptr": "*fp32",
+        "BLOCK_BINS": 64,
+    }
+
+
+def grow_paths(active: str, block_nodes: int) -> Arguments:
+    return int32_arguments(
+        "vocab_size",
+        "num_rows",
+        "k",
+        "found_ptr",
+        "out_ids_ptr",
+        "out_parents_ptr",
+        "out_stride",
+        "out_num_ptr",
+        "max_nodes",
+        **TABLE,
+        active_ptr=active,
+        knots_ptr="*fp32",
+        out_scores_ptr="*fp32",
+        DEPTH=8,
+        BLOCK_K=16,
+        BLOCK_NODES=block_nodes,
+    )
+
+
 def penalize_paths(vector: str = "*i32") -> Arguments:
     return int32_arguments(
         "logits_stride",
@@ -538,4 +674,16 @@ SIGNATURES: dict[str, Arguments] = {
     "newest_tokens:_newest_tokens_kernel short slots": newest_tokens("*i32"),
     "perturb_logits:_perturb_logits_kernel": perturb_logits(),
     "perturb_logits:_perturb_logits_kernel bf16": perturb_logits("*bf16"),
+    "read_nodes:_read_nodes_kernel": read_nodes(32),
+    "read_nodes:_read_nodes_kernel 1024 nodes": read_nodes(1024, "*i32"),
+    "read_roots:_read_roots_kernel": read_roots(),
+    "read_roots:_read_roots_kernel short slots": read_roots("*i32"),
+    "weigh_successors:_weigh_successors_kernel": weigh_successors("*bf16", 16),
+    "weigh_successors:_weigh_successors_kernel prompt": weigh_successors("*fp32", 1),
+    "blend_successors:_blend_successors_kernel": blend_successors(16, 16),
+    "blend_successors:_blend_successors_kernel prompt": blend_successors(1, 16),
+    "learn_rates:_learn_rates_kernel": learn_rates(),
+    "fit_rates:_fit_rates_kernel": fit_rates(),
+    "grow_paths:_grow_paths_kernel": grow_paths("*i32", 64),
+    "grow_paths:_grow_paths_kernel alone": grow_paths("*i1", 32),
 }

@@ -25,6 +25,7 @@ from vllm_treespec.core.propose.drawing import Drawing
 from vllm_treespec.core.propose.recycle import Contexts, Recycler
 from vllm_treespec.core.propose.shapes import Shape
 from vllm_treespec.core.tree import MASK_BITS, TreeBuffers
+from vllm_treespec.kernels.recycling import NONE
 
 CPU = torch.device("cpu")
 NUM_RANKS = 64  # of a draft's choices that are told apart
@@ -218,7 +219,9 @@ class RecycleSource:
         self._token_ids = texts.token_ids
         self._logits = self._target.read(texts).logits
         for prompt in texts.token_ids[:, : texts.prompt_len + 1]:
-            self._recycler.learn_prompt(prompt)
+            self._recycler.learn_prompt(
+                torch.nn.functional.pad(prompt, (1, 0), value=NONE)
+            )
 
     def propose(
         self, rows: torch.Tensor, roots: torch.Tensor, out: DeviceCandidates
