@@ -13,7 +13,7 @@ NEXT_TESTS ?= tests/integration tests/engine
 demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed  ## Triton's interpreter on a CPU, real kernels on a GPU
+test: $(VENV)/installed  ## kernels compiled for this machine, GPU or not
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 statistics: $(VENV)/installed  ## sampled output against the target's distribution

@@ -50,7 +50,7 @@ def walk_one(
     walk_tree(
         int32([1], device),
         prefix_sums([len(target_ids)], device),
-        torch.tensor(target_ids, device=device),
+        torch.tensor(target_ids, dtype=torch.int64, device=device),
         int32([[9] * size, token_ids], device),
         int32([[-1] + [0] * (size - 1), parents], device),
         int32([size, size if num_nodes is None else num_nodes], device),
