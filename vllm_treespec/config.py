@@ -154,6 +154,13 @@ def _tuned(what: str, *names: str) -> Any:
     return read
 
 
+def _text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise error("must be a string")
+    return value
+
+
+Text = BeforeValidator(_text)
 List = Field(strict=False)  # JSON has lists where we keep tuples
 HostDepth = Annotated[int, Within(1, MAX_NODES)]
 ModelDepth = Annotated[int, Within(1, 64)]
@@ -227,7 +234,7 @@ class DeviceConfig(Options):
     top_k: UpTo256 = 8
     """Children drawn for each of them (``best_first``)."""
 
-    shape: Literal["best_first", "static", "sequoia"] = "best_first"
+    shape: Annotated[Literal["best_first", "static", "sequoia"], Text] = "best_first"
     """``best_first``: the likeliest paths; ``static``: the same tree every step, see
     ``branching``; ``sequoia``: the best such tree for ``acceptance``."""
 
@@ -343,6 +350,18 @@ PROPOSERS: dict[str, type[ProposerConfig]] = {
 }
 
 
+def _named(raw: Any) -> Any:
+    """Nothing but a string reaches pydantic, which cannot print all that Python can."""
+    if isinstance(raw, Mapping) and not isinstance(kind := raw.get("type", ""), str):
+        raise_all([at(["type"], kind, one_of("", PROPOSERS))])
+    return raw
+
+
+AnyProposer = Annotated[
+    Annotated[ProposerConfig, Field(discriminator="type")], BeforeValidator(_named)
+]
+
+
 class RequestOptions(Options):
     """What a request may ask for, and what those that do not ask get."""
 
@@ -387,20 +406,20 @@ class TreeSpecConfig(Options):
     32 rows, and those of four heads the 128 that a tile of tree attention holds. On a
     CPU, where rows cost, the default is 15 in half precision with AMX, else 7."""
 
-    proposers: Annotated[
-        tuple[Annotated[ProposerConfig, Field(discriminator="type")], ...], List
-    ] = Field(
+    proposers: Annotated[tuple[AnyProposer, ...], List] = Field(
         default=(SuffixConfig(),), json_schema_extra={"default": [{"type": "suffix"}]}
     )
     """Where drafts come from; their trees are merged. Several draft models may be."""
 
-    verify: Literal["auto", "target_only", "without_replacement", "traversal"] = "auto"
+    verify: Annotated[
+        Literal["auto", "target_only", "without_replacement", "traversal"], Text
+    ] = "auto"
     """How drafts of sampled requests are verified. ``target_only``: likeliest
     children, the target's own pick is followed; ``without_replacement``, ``traversal``:
     children drawn from the first proposer that runs a model, by the rejection rule of
     that name; ``auto``: ``traversal`` where there is one, else ``target_only``."""
 
-    draw: Literal["auto", "without_replacement", "mixed"] = "auto"
+    draw: Annotated[Literal["auto", "without_replacement", "mixed"], Text] = "auto"
     """Which children of sampled requests are drawn. ``without_replacement``: all of
     them; ``mixed``: one per node, beside its likeliest; ``auto``: all from a temperature
     of 0.7 on, none below."""
@@ -427,7 +446,7 @@ class TreeSpecConfig(Options):
     """What requests get that do not ask for something else themselves: ``max_nodes``,
     ``proposers`` and ``remember``."""
 
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Annotated[Literal["auto", "triton", "torch"], Text] = "auto"
     """``triton``, ``torch`` (their slow twins, for debugging), or ``auto``: Triton
     where it compiles, and torch's own attention on a CPU."""
 
