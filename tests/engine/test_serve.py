@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import openai
@@ -85,6 +86,40 @@ def test_a_server_with_trees_answers_as_one_without(tmp_path: Path):
         assert later("treespec_draft_seconds_total", proposer=proposer) > 0
 
 
+def test_a_server_with_a_key_forgets_at_once_and_finishes_what_runs(tmp_path: Path):
+    """``--api-key`` guards our endpoint as well, and SIGTERM under load ends no request
+    while ``--shutdown-timeout`` lasts."""
+    log = tmp_path / "server.log"
+    suffix = {"method": "treespec", "num_speculative_tokens": 8}
+    options = ("--api-key", "none", "--shutdown-timeout", "120")
+    known = "treespec_suffix_cached_tokens"
+    with serving(TARGET, suffix, log, *options) as server, connect(server) as client:
+        complete(client)
+        assert Scrape(server)(known) > 0
+        with pytest.raises(HTTPError, match="401"):
+            forget(server)
+        assert Scrape(server)(known) > 0
+        forget(server, Authorization="Bearer none")
+        assert Scrape(server)(known) == 0
+        with client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=150,
+            temperature=0.0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        ) as parts:
+            next(iter(parts))
+            server.process.terminate()
+            *_, last = parts
+        assert last.usage.completion_tokens == 150
+        assert server.process.wait(120) == 0
+    text = log.read_text()
+    assert "treespec: trees of 8 draft nodes per request and step, from suffix" in text
+    assert "endpoint plugin" not in text
+
+
 def complete(client: openai.OpenAI, **options: Any) -> str:
     answer = client.completions.create(
         model="tiny",
@@ -104,8 +139,8 @@ def refuse_what_cannot_be_had(client: openai.OpenAI) -> None:
         complete(client, treespec_proposers=["sufix"])
 
 
-def forget(server: Server) -> None:
-    request = Request(f"{server.url}/treespec/clear", method="POST")
+def forget(server: Server, **headers: str) -> None:
+    request = Request(f"{server.url}/treespec/clear", headers=headers, method="POST")
     with urlopen(request) as response:
         assert response.status == 200
 
