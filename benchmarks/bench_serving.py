@@ -61,7 +61,7 @@ class Extent:
     batches: tuple[int, ...] = (1, 4, 16, 64)
     temperatures: tuple[float, ...] = (0.0, 1.0)
     chains: tuple[int, ...] = (2, 4, 8)
-    num_nodes: int = 32
+    num_nodes: int = 31  # with the root, 32 rows: one tile of 128 with groups of 4
     depth: int = 6
     width: int = 8
     num_tokens: int = 128

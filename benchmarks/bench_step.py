@@ -45,7 +45,7 @@ from vllm_treespec.integration.metrics import PHASES
 from vllm_treespec.integration.stopwatch import Stopwatch
 from vllm_treespec.testing.bench import print_table
 
-DEPTH, WIDTH, NUM_NODES = (3, 2, 8) if ON_CPU else (6, 8, 32)
+DEPTH, WIDTH, NUM_NODES = (3, 2, 8) if ON_CPU else (6, 8, 31)
 BATCHES = (1, 4) if ON_CPU else (1, 4, 16, 64)
 NUM_TOKENS = 24 if ON_CPU else 128  # of the text that is checked
 NUM_STEPS = 8 if ON_CPU else 32  # that are timed

@@ -42,7 +42,7 @@ SIZES = (
     [
         (reqs, context, nodes)
         for reqs, context in ((1, 1024), (1, 16384), (8, 4096), (32, 1024), (32, 8192))
-        for nodes in (1, 8, 33, 64, 129)
+        for nodes in (1, 8, 32, 64)
     ]
     if ON_GPU
     else [(1, 300, 9), (2, 40, 5)]
@@ -224,6 +224,7 @@ def flex_us(batch: Batch) -> float:
     mask = create_block_mask(
         sees, num_reqs, None, num_nodes, keys.shape[2], device="cuda"
     )
+    torch._dynamo.reset()  # each size compiles anew, and there is a limit
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend() -> torch.Tensor:
