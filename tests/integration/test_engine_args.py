@@ -53,7 +53,7 @@ def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
 @pytest.mark.parametrize(
     ("tree", "max_num_seqs", "load"),
     [
-        ({}, 8, "at any load: max_num_seqs=8"),
+        ({"max_rows": 256}, 8, "at any load: max_num_seqs=8"),
         (
             {"max_rows": 64},
             8,
@@ -62,7 +62,8 @@ def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
     ],
 )
 def test_one_line_says_that_trees_are_on(tree, max_num_seqs, load, caplog):
-    raw = {"method": "treespec", "tree": {"proposers": [{"type": "ngram"}], **tree}}
+    tree = {"proposers": [{"type": "ngram"}], **tree}
+    raw = {"method": "treespec", "num_speculative_tokens": 31, "tree": tree}
     with caplog.at_level("INFO", logger="vllm"):
         make(raw, max_num_seqs=max_num_seqs)
     lines = [each for each in caplog.messages if each.startswith("treespec: ")]
