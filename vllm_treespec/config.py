@@ -337,7 +337,7 @@ class LayerSkipConfig(DeviceConfig):
     """``{"attention": [...], "mlp": [...]}``, or the file that ``vllm-treespec tune
     layer-skip`` wrote; ``null``: every other layer but the first and the last two."""
 
-    early_stop: bool = True
+    early_stop: bool = False
     """Grow no deeper once the draft is not sure enough; waits for the device at each
     level."""
 

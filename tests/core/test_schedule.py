@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_treespec.core.schedule import RequestLimits, nodes_by_batch_size
+from vllm_treespec.core.schedule import (
+    RequestLimits,
+    drop_unwanted,
+    nodes_by_batch_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +51,9 @@ def test_a_request_gets_what_it_asked_for_and_a_reused_slot_starts_over():
     limits.set(0, 8, [True, True])
     limits.set(1, 3, [False, True])
     limits.set(3, 0, [True, True])
-    slots = torch.tensor([3, 0, 1])
     assert limits.max_nodes.tolist() == [8, 3, 0, 0]
     num_candidates = torch.full((2, 3), 7, dtype=torch.int32)
-    limits.drop_unwanted(num_candidates, slots)
+    drop_unwanted(num_candidates, limits.allowed[:, [3, 0, 1]])
     assert num_candidates.tolist() == [[0, 7, 0], [0, 7, 7]]
     assert limits.allowed[:, [3, 0, 1]].tolist() == [
         [False, True, False],

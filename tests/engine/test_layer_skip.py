@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
+from vllm.model_executor.layers.activation import SiluAndMul
 
 from vllm_treespec.config import ConfigError, SkipSet
 from vllm_treespec.integration.layer_skip import LayerSkip
@@ -249,13 +250,13 @@ def test_an_unsure_draft_stops_early(deep_model_path, prompts, start, monkeypatc
 
     monkeypatch.setattr(LayerSkip, "propose", propose)
     batch = prompts(2)
-    for options in ({"early_stop": False}, {}):
+    for options in ({}, {"early_stop": True}):
         tree = {"proposers": [layer_skip("mlp only", depth=5, **options)]}
         start(deep_model_path("llama"), tree=tree).greedy(batch, 12)
-        if not options:
+        if options:
             assert min(levels) < 5
         assert max(levels) <= 5
-        if options:
+        if not options:
             assert set(levels) == {5}
         levels.clear()
 
@@ -339,3 +340,27 @@ def test_a_quantized_target_drafts_with_its_quantized_layers(
         own = engine.runner.model.model.layers[index]
         assert draft.model.model.layers[index] is own
         assert own.mlp.down_proj.quant_method is not None
+
+
+def test_what_is_left_to_a_compiler_runs_vllms_own_kernels_in_the_draft(
+    deep_model_path, prompts, start, plain_greedy, monkeypatch
+):
+    """The draft is not compiled, and would run norms as a dozen operations each."""
+    model, batch = deep_model_path("llama"), prompts(2)
+    expected = plain_greedy(model, batch)
+    monkeypatch.setattr(SiluAndMul, "enabled", classmethod(lambda _: False))
+    engine = start(model, tree={"proposers": [layer_skip()]})
+    (draft,) = engine.runner.speculator.drafts.models.values()
+
+    def kernels(module):
+        return {
+            each._forward_method.__func__.__name__
+            for each in module.modules()
+            if isinstance(each, SiluAndMul)
+        }
+
+    assert kernels(engine.runner.model) == {"forward_native"}
+    assert kernels(draft.model) == {"forward_cpu"}
+    own = {id(each) for each in engine.runner.model.parameters()}
+    assert {id(each) for each in draft.model.parameters()} <= own
+    assert engine.greedy(batch) == expected

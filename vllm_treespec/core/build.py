@@ -22,6 +22,7 @@ from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.mix import Mixture
 from vllm_treespec.core.propose import Candidates
+from vllm_treespec.core.transfer import pinned
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.kernels.mixing import NUM_SUMS
 
@@ -95,7 +96,7 @@ class TreeBuilder:
     def reset(self, slot: int) -> None:
         """Another request took the slot: there is no tree, and none to learn from."""
         self._trees.reset(slot)
-        self._merged.num_nodes[slot] = 0
+        self._merged.num_nodes[slot].fill_(0)
 
     def upload(self, proposer: int, candidates: Candidates) -> None:
         """Take what a proposer on the host suggests; the copy is not waited for."""
@@ -107,11 +108,7 @@ class TreeBuilder:
             (candidates.scores, mine.scores[:num_reqs, :width]),
             (candidates.num_candidates, mine.num_candidates[:num_reqs]),
         ):
-            host = torch.from_numpy(source)
-            if self._device.type != "cpu":
-                # Pinned anew each step: the last step's copy may still be under way.
-                host = host.pin_memory()
-            target.copy_(host, non_blocking=True)
+            target.copy_(pinned(source, self._device), non_blocking=True)
 
     def forget(self, proposer: int, num_reqs: int) -> None:
         """This proposer suggests nothing this step."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_treespec.core.propose import Candidates
+from vllm_treespec.core.transfer import pinned
 
 
 def num_offered(
@@ -66,24 +67,20 @@ class RequestLimits:
     ) -> None:
         self.max_nodes_np = np.zeros(max_num_reqs, np.int32)
         self.allowed = np.zeros((num_proposers, max_num_reqs), np.bool_)
-        # The same two on the device, ``_allowed`` as int32.
+        # The first on the device.
         self.max_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self._allowed = torch.zeros(
-            num_proposers, max_num_reqs, dtype=torch.int32, device=device
-        )
 
     def set(self, slot: int, max_nodes: int, allowed: Sequence[bool]) -> None:
         """A request came. Who may verify nothing needs no drafts."""
         self.max_nodes_np[slot] = max_nodes
         self.allowed[:, slot] = [each and max_nodes > 0 for each in allowed]
-        self.max_nodes[slot] = max_nodes
-        column = torch.from_numpy(self.allowed[:, slot].astype(np.int32))
-        self._allowed[:, slot] = column.to(self._allowed.device, non_blocking=True)
+        self.max_nodes[slot].fill_(max_nodes)
 
-    def drop_unwanted(
-        self,
-        num_candidates: torch.Tensor,  # [num_proposers, num_reqs] int32, in place
-        slots: torch.Tensor,  # [num_reqs] int64
-    ) -> None:
-        """Leave nothing of proposers that a request does not want."""
-        num_candidates *= self._allowed[:, slots]
+
+def drop_unwanted(
+    num_candidates: torch.Tensor,  # [num_proposers, num_reqs] int32, in place
+    allowed: npt.NDArray[np.bool_],  # the same shape
+) -> None:
+    """Leave nothing of proposers that a request does not want."""
+    factors = pinned(allowed.astype(np.int32), num_candidates.device)
+    num_candidates *= factors.to(num_candidates.device, non_blocking=True)

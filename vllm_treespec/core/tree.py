@@ -55,4 +55,4 @@ class TreeBuffers:
 
     def reset(self, slot: int) -> None:
         """The slot holds the root alone: whatever is verified there is rejected."""
-        self.num_nodes[slot] = 1
+        self.num_nodes[slot].fill_(1)

@@ -21,9 +21,13 @@ class GraphedRows:
         self._sizes: list[int] = []  # ascending
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
+    def release(self) -> None:
+        """Forget the graphs: what they read and write is about to be replaced."""
+        self._sizes, self._graphs = [], {}
+
     def capture(self, max_num_rows: int) -> None:
-        """Capture for powers of two up to the largest batch; call it inside vLLM's own
-        capture, which prepares collectives for it."""
+        """Capture for powers of two up to the largest batch; call it inside vLLM's
+        ``graph_capture``, which sets a stream for it and prepares collectives."""
         self._sizes, self._graphs = capture_sizes(max_num_rows), {}
         pool = current_platform.get_global_graph_pool()
         # The largest first, so that the others reuse its memory.

@@ -7,6 +7,7 @@ a path is accepted.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import TreeMetadata
 from vllm_treespec.integration.cuda_graphs import GraphedRows
+from vllm_treespec.integration.sizing import max_num_drafting, tiers
 
 
 class DeviceDraft(ABC):
@@ -45,7 +47,7 @@ class DeviceDraft(ABC):
         model_config: ModelConfig,
         *,
         num_drawn: int,
-        fed_width: int,
+        max_accepted: int,
         req_states: Any,
         out: DeviceCandidates,
         device: torch.device,
@@ -55,7 +57,8 @@ class DeviceDraft(ABC):
         Args:
             model_config: the draft's.
             num_drawn: nodes of a tree that it draws for sampled requests, 0 for none.
-            fed_width: tokens that a decoding request is fed at most, each step.
+            max_accepted: nodes that a step can accept at most and that its feeding has
+                to make up for.
             req_states: vLLM's ``RequestState``, whose tokens the draft is fed.
             out: where ``propose`` writes.
             stop: None captures all levels in one graph; else the host looks after
@@ -68,6 +71,8 @@ class DeviceDraft(ABC):
         self._out = out
         self._device = device
         self._max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        # Larger batches have no drafts: no logits of theirs, and no graphs.
+        self._max_num_drafting = max_num_drafting(vllm_config)
         num_nodes = vllm_config.num_speculative_tokens
         shape = make_shape(config, num_nodes, device, num_drawn)
         self._stop = stop
@@ -77,9 +82,7 @@ class DeviceDraft(ABC):
             device,
             min_reach=None if stop is None else stop.threshold,
         )
-        self._even_width = fed_width
-        max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._max_num_even_reqs = max_num_tokens // fed_width
+        self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
         def zeros(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(self._max_num_reqs, dtype=dtype, device=device)
@@ -101,7 +104,19 @@ class DeviceDraft(ABC):
             device=device,
         )
         self.drawing: Drawing | None = None
-        self._feed_decodes = GraphedRows(self._feed_evenly)
+        # By the rows that each request of a batch is fed: what its step may have
+        # emitted at most, in each of the schedule's tiers; and the most such requests.
+        self._feed_decodes: dict[int, GraphedRows] = {}
+        self._max_num_even: dict[int, int] = {}
+        for _, last, nodes in [*tiers(vllm_config), (1, self._max_num_drafting, 0)]:
+            width = min(nodes, max_accepted) + 1
+            run = partial(self._feed_evenly, width=width)
+            self._feed_decodes[width] = GraphedRows(run)
+            self._max_num_even[width] = min(
+                self._max_num_drafting,
+                self._max_num_tokens // width,
+                max(last, self._max_num_even.get(width, 0)),
+            )
         # By whether requests draw. In one piece, or level by level with an end.
         self._grow_all = [
             GraphedRows(partial(self._grow, draws=d)) for d in (False, True)
@@ -120,6 +135,15 @@ class DeviceDraft(ABC):
     @abstractmethod
     def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
         """Make ``model`` and ``layer_names``; the target is loaded and bound."""
+
+    def add_request(self, slot: int, num_computed: int) -> None:  # noqa: B027
+        """A request took the slot, whose first tokens are in the target's cache."""
+
+    def pass_by(self, batch: Any) -> None:  # noqa: B027
+        """A step was verified; vLLM's ``InputBatch`` of it."""
+
+    def rest(self) -> None:  # noqa: B027
+        """Nobody wants drafts of the step; it need not catch up with it."""
 
     @abstractmethod
     def catch_up(
@@ -188,20 +212,27 @@ class DeviceDraft(ABC):
         """A forward without a cache, as large as they get, for vLLM's profiler."""
         token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self._device)
         hidden = self._run(token_ids, token_ids.long(), None, {})
-        num_rows = self._max_num_reqs * max(self.grower.shape.num_rows)
+        num_rows = self._max_num_drafting * max(self.grower.shape.num_rows)
         logits = self._logits(hidden[:1].expand(num_rows, -1))
         if self.drawing is not None:
             torch.empty_like(logits, dtype=torch.float32)  # with noise
 
     def capture(self) -> None:
         """Capture the feeding of decoding requests and the growth of all levels."""
-        self._feed_decodes.capture(min(self._max_num_reqs, self._max_num_even_reqs))
+        for width, graphs in self._feed_decodes.items():
+            graphs.capture(self._max_num_even[width])
         for draws in (False, True) if self.drawing is not None else (False,):
             pieces = [self._grow_all[draws]]
             if self._stop is not None:
                 pieces = [*self._grow_level[draws], self._finish[draws]]
             for piece in pieces:
-                piece.capture(self._max_num_reqs)
+                piece.capture(self._max_num_drafting)
+
+    def release_graphs(self) -> None:
+        """Forget all graphs; there will be another KV cache."""
+        feeds, growth = self._feed_decodes.values(), [*self._grow_all, *self._finish]
+        for graphs in (*feeds, *growth, *itertools.chain(*self._grow_level)):
+            graphs.release()
 
     def propose(self, num_reqs: int, *, draws: bool = False) -> int:
         """Grow the trees of the requests that ``catch_up`` was last called for; returns
@@ -243,9 +274,8 @@ class DeviceDraft(ABC):
             buffer[num_reqs:] = 0
         self._temperatures[:num_reqs] = temperatures[slots].clamp(min=MIN_TEMPERATURE)
 
-    def _feed_evenly(self, num_reqs: int) -> None:
-        """As many rows for each request as a decoding one can need."""
-        width = self._even_width
+    def _feed_evenly(self, num_reqs: int, *, width: int) -> None:
+        """As many rows for each request."""
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=self._device)
         rows = torch.arange(num_reqs, device=self._device).repeat_interleave(
             width, output_size=num_reqs * width
@@ -269,7 +299,7 @@ class DeviceDraft(ABC):
         # A row's tokens past the newest are padding. A table has no room behind its
         # end, so a request that near to it is not drafted for any more.
         fits = starts + fed <= self._table_len
-        self._active[:num_reqs] &= fits
+        self._active[:num_reqs] &= fits & (starts + fed >= ends)
         is_fed = (positions < ends[rows]) & fits[rows]
         self.grower.batch.num_nodes.zero_()  # causal rows
         hidden = self._forward(

@@ -90,12 +90,26 @@ class DeviceDrafts:
         return None if self.recycle is None else self.recycle.index
 
     def capture(self) -> None:
-        """Capture CUDA graphs; inside vLLM's own capture."""
+        """Capture CUDA graphs; inside vLLM's ``graph_capture``."""
         for model in self.models.values():
             model.capture()
 
-    def add_request(self, token_ids: Sequence[int]) -> None:
-        """A request begins, or goes on after it was preempted."""
+    def release_graphs(self) -> None:
+        """Forget the CUDA graphs; there will be another KV cache."""
+        for model in self.models.values():
+            model.release_graphs()
+
+    def add_request(self, slot: int, num_computed: int) -> None:
+        """A request begins, or goes on after it was preempted.
+
+        Args:
+            num_computed: of its tokens, those that the target has in its cache.
+        """
+        for model in self.models.values():
+            model.add_request(slot, num_computed)
+
+    def add_prompt(self, token_ids: Sequence[int]) -> None:
+        """The text of one that all others may learn from."""
         if self.recycle is not None:
             with self._tried(self.recycle.index):
                 self.recycle.add_prompt(token_ids)
@@ -109,19 +123,22 @@ class DeviceDrafts:
         *,
         draws: bool,
     ) -> npt.NDArray[np.int32]:  # [num_reqs]
-        """Let all catch up, and grow trees; returns nodes offered to each request at
-        most."""
+        """Let those catch up and grow trees whose drafts are wanted; returns nodes
+        offered to each request at most."""
         num_reqs = input_batch.num_reqs
         offered = np.zeros(num_reqs, np.int32)
         proposers: dict[int, DeviceDraft | Recycle] = dict(self.models)
         if self.recycle is not None:
             proposers[self.recycle.index] = self.recycle
         for index, proposer in proposers.items():
-            grows, nodes = bool(wanted[index].any()), 0
-            with self._tried(index):
-                proposer.catch_up(input_batch, num_sampled, temperature)
-                if grows:
+            nodes = 0
+            proposer.pass_by(input_batch)
+            if wanted[index].any():
+                with self._tried(index):
+                    proposer.catch_up(input_batch, num_sampled, temperature)
                     nodes = proposer.propose(num_reqs, draws=draws and index == 0)
+            else:
+                proposer.rest()
             if nodes:
                 offered += nodes * wanted[index]
             else:

@@ -1,7 +1,7 @@
 """A draft model in the worker: its weights, its KV cache beside the target's, its trees.
 
-The draft's cache is kept exact for every position that the target has computed: each
-step first feeds it the tokens accepted since the last one.
+Before it drafts, the draft is fed the tokens that its cache lacks: those of the last
+step, or all since it last drafted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
 from vllm_treespec.config import ConfigError, DraftModelConfig
 from vllm_treespec.core.kernel_set import KernelSet
+from vllm_treespec.core.transfer import pinned
 from vllm_treespec.integration.attention import bind_layer
 from vllm_treespec.integration.device_draft import DeviceDraft
 from vllm_treespec.integration.draft_config import draft_model_config
@@ -49,10 +50,14 @@ class DraftModel(DeviceDraft):
             config,
             vllm_config,
             draft_model_config(config, vllm_config.model_config),
-            fed_width=max_accepted + 2,
+            max_accepted=max_accepted,
             **options,
         )
         self.prefix = prefix
+        # Tokens of each slot's text in the draft's cache, and how many it lacks at most.
+        self._num_fed = torch.zeros_like(self._ends)
+        self._num_lacking = np.zeros(self._max_num_reqs, np.int64)
+        self._has_rested = False  # blocks of the cache may have been left out
         self.max_accepted = max_accepted
 
     def load(self, kernels: KernelSet, target: torch.nn.Module) -> None:
@@ -96,40 +101,74 @@ class DraftModel(DeviceDraft):
         """Load the weights again, in place: something has discarded them."""
         reload_weights(self._load_config, self.model, None, None, True)
 
+    def add_request(self, slot: int, num_computed: int) -> None:
+        # Cached blocks have the draft's keys as well, unless it rested when they came.
+        num_fed = 0 if self._has_rested else num_computed
+        self._num_fed[slot].fill_(num_fed)
+        self._num_lacking[slot] = num_computed - num_fed
+
+    def pass_by(self, batch: Any) -> None:
+        slots, num_reqs = batch.idx_mapping_np, batch.num_reqs
+        lengths = np.diff(batch.query_start_loc_np[: num_reqs + 1])
+        num_drafts = np.diff(batch.cu_num_logits_np[: num_reqs + 1]) - 1
+        num_accepted = np.minimum(num_drafts, self.max_accepted)
+        # A prefill's last part is followed by a token as well.
+        prefilled = np.where(batch.is_prefilling_np[:num_reqs], lengths, 0)
+        self._num_lacking[slots] += prefilled + num_accepted + 1
+
+    def rest(self) -> None:
+        self._has_rested = True
+
     def catch_up(
         self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor
     ) -> None:
-        num_reqs = batch.num_reqs
-        lengths = np.diff(batch.query_start_loc_np[: num_reqs + 1])
-        num_drafts = np.diff(batch.cu_num_logits_np[: num_reqs + 1]) - 1
-        fed = lengths - num_drafts + np.minimum(num_drafts, self.max_accepted) + 1
-        slots = batch.idx_mapping[:num_reqs]
-        computed = torch.from_numpy(lengths.astype(np.int32))
-        if self._device.type != "cpu":
-            computed = computed.pin_memory().to(self._device, non_blocking=True)
-        self._set_rows(
-            slots,
-            batch.seq_lens[:num_reqs] - computed,
-            self._req_states.total_len.gpu[slots],
+        num_reqs, slots = batch.num_reqs, batch.idx_mapping[: batch.num_reqs]
+        # In its prefill, a request has been computed to the end of the step's tokens.
+        ends = torch.where(
             num_sampled > 0,
-            temperatures,
+            self._req_states.total_len.gpu[slots],
+            batch.seq_lens[:num_reqs],
         )
-        if fed.max() <= self._even_width and num_reqs <= self._max_num_even_reqs:
-            self._feed_decodes(num_reqs)
-        else:
-            self._feed(num_reqs, fed)
+        starts = self._num_fed[slots]
+        self._set_rows(slots, starts, ends, num_sampled > 0, temperatures)
+        num_fed = self._feed(batch, self._lacking(batch))
+        fits = starts + num_fed <= self._table_len
+        self._num_fed[slots] = torch.where(
+            fits, torch.minimum(starts + num_fed, ends), starts
+        ).int()
 
-    def _feed(self, num_reqs: int, fed: np.ndarray) -> None:
-        """Rows as the batch has them, some requests being in their prefill."""
+    def _lacking(self, batch: Any) -> np.ndarray:
+        """``[num_reqs]`` tokens to feed. Who is so near to a block table's end that
+        rows of padding would not fit is not drafted for any more."""
+        ends = batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs]
+        is_near = ends + max(self._feed_decodes) >= self._table_len
+        lacking: np.ndarray = self._num_lacking[batch.idx_mapping_np]
+        return np.where(is_near, 0, lacking)
+
+    def _feed(self, batch: Any, lacking: np.ndarray) -> Any:
+        """Feed the requests, and return how many rows each of them had: ``[num_reqs]``
+        int32, or the same number for all."""
+        num_reqs, slots = batch.num_reqs, batch.idx_mapping_np
+        for width, graphs in sorted(self._feed_decodes.items()):
+            if lacking.max() <= width and num_reqs * width <= self._max_num_tokens:
+                graphs(num_reqs)
+                self._num_lacking[slots] -= lacking
+                return width
+        # As many as the largest batch has; the others wait for the next step.
+        before = np.cumsum(lacking) - lacking
+        fed = np.clip(self._max_num_tokens - before, 0, lacking)
+        self._num_lacking[slots] -= fed
+        return self._feed_unevenly(num_reqs, fed)
+
+    def _feed_unevenly(self, num_reqs: int, fed: np.ndarray) -> torch.Tensor:
         cu_fed = np.zeros(num_reqs + 1, np.int32)
         np.cumsum(fed, out=cu_fed[1:])
-        starts = torch.from_numpy(cu_fed)
-        if self._device.type != "cpu":
-            starts = starts.pin_memory().to(self._device, non_blocking=True)
+        starts = pinned(cu_fed, self._device).to(self._device, non_blocking=True)
         rows = torch.arange(num_reqs, device=self._device).repeat_interleave(
             starts.diff(), output_size=int(cu_fed[-1])
         )
         self._feed_rows(num_reqs, rows, starts, int(fed.max()))
+        return starts.diff()
 
 
 def _attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +20,17 @@ from vllm_treespec.core.propose import DecodeStep, Proposer
 from vllm_treespec.core.propose.pool import ProposerPool
 from vllm_treespec.core.propose.suffix import SuffixProposer
 from vllm_treespec.core.schedule import num_offered
+from vllm_treespec.core.transfer import HostCopy
 from vllm_treespec.integration.worth import Worth
+
+NOBODY = -1  # in place of a slot whose request has left
 
 
 class HostDrafts:
     """Drafts once a step: ``fetch_sampled``, then ``draft``, then ``learn``.
 
-    What the device does between the first two runs beside the copy.
+    What the device does between the first two runs beside the copy. Only who drafts
+    waits for it: text that nobody looks at yet is appended when it has come.
     """
 
     def __init__(
@@ -61,8 +67,11 @@ class HostDrafts:
         self._kernels = kernels
         self._num_proposers = len(config.proposers)
         self._max_new = config.num_speculative_tokens + 1
-        self._newest = torch.empty(0)
-        self._arrived: torch.cuda.Event | None = None
+        # Steps' new tokens that are not in the history yet, oldest first: slots, copy.
+        self._awaited: deque[tuple[npt.NDArray[np.int32], HostCopy]] = deque()
+        # Who has made the host wait in this step, and when the tokens had come.
+        self._waited: list[int] = []
+        self._resumed = 0.0
 
     def add_request(
         self,
@@ -73,6 +82,9 @@ class HostDrafts:
         is_remembered: bool,
     ) -> None:
         self.pool.settle()
+        self._append_arrived()
+        for slots, _ in self._awaited:  # of a request that has left the slot
+            slots[slots == slot] = NOBODY
         self.pool.add_request(slot)
         for each in self._suffix:
             each.keep_apart(slot, namespace, is_remembered=is_remembered)
@@ -84,6 +96,7 @@ class HostDrafts:
     def fetch_sampled(
         self,
         slots: torch.Tensor,  # [num_reqs] int64
+        slots_np: npt.NDArray[np.int32],
         num_sampled: torch.Tensor,  # [num_reqs] int32
     ) -> None:
         """Start copying the new tokens to the host, ahead of the draft models' work."""
@@ -98,12 +111,7 @@ class HostDrafts:
             states.total_len.gpu,
             newest,
         )
-        self._newest = newest
-        if newest.device.type != "cpu":
-            self._newest = torch.empty_like(newest, device="cpu", pin_memory=True)
-            self._newest.copy_(newest, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        self._awaited.append((slots_np.copy(), HostCopy(newest)))
 
     def draft(
         self,
@@ -117,11 +125,20 @@ class HostDrafts:
         """Hand every proposer's candidates to the builder; returns nodes offered to
         each request at most."""
         self.pool.settle()
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        newest = self._newest.numpy()
-        self._history.append(slots, newest)
         drafting = [bool(wanted[index].any()) for index in self._indices]
+        if self._ranks.world_size == 1:  # else the others do not know who was dismissed
+            gone = self.pool.is_dismissed
+            drafting = [each and not gone[n] for n, each in enumerate(drafting)]
+        if not any(drafting):
+            self._append_arrived()
+            for index in self._indices:
+                builder.forget(index, len(slots))
+            return np.zeros(len(slots), np.int32)
+        must_wait = not self._awaited[-1][1].has_arrived
+        newest = self._append_all()
+        asked = zip(self._indices, drafting, strict=True)
+        self._waited = [index for index, each in asked if each and must_wait]
+        self._resumed = time.perf_counter()
         width = max_candidates(self._num_proposers, num_nodes)
         candidates = self.pool.propose(self._step(slots, width), drafting)
         decodes = newest[:, 0] > 0
@@ -136,7 +153,17 @@ class HostDrafts:
             builder.upload(index, each)
         for index, seconds in zip(self._indices, self.pool.seconds, strict=False):
             worth.stopwatch.add(index, seconds)  # known to the first rank only
+        self._resumed += max(self.pool.seconds, default=0.0)  # those are theirs already
         return np.where(decodes, num_offered(candidates), 0)
+
+    def end_stall(self, worth: Worth | None) -> None:
+        """The device has its next work, and had none since the host stopped waiting for
+        tokens: charge those who wanted them."""
+        stall = time.perf_counter() - self._resumed
+        if worth is not None:
+            for index in self._waited:
+                worth.stopwatch.add(index, stall / len(self._waited))
+        self._waited = []
 
     @property
     def faulty(self) -> list[int]:
@@ -152,6 +179,24 @@ class HostDrafts:
     def learn(self, slots: npt.NDArray[np.int32]) -> None:
         """Index the new tokens, off the request path."""
         self.pool.learn(self._step(slots))
+
+    def _append_arrived(self) -> None:
+        while self._awaited and self._awaited[0][1].has_arrived:
+            self._append_oldest()
+
+    def _append_all(self) -> npt.NDArray[np.int32]:
+        """This step's new tokens, once all are in the history; waits for them."""
+        while True:
+            newest = self._append_oldest()
+            if not self._awaited:
+                return newest
+
+    def _append_oldest(self) -> npt.NDArray[np.int32]:
+        slots, copy = self._awaited.popleft()
+        newest = copy.wait()
+        kept = slots != NOBODY
+        self._history.append(slots[kept], newest[kept])
+        return newest
 
     def _step(
         self, slots: npt.NDArray[np.int32], max_candidates: int | None = None

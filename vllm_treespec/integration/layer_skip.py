@@ -10,11 +10,13 @@ replace their KV by its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
 
 from vllm_treespec.config import LayerSkipConfig, SkipSet
 from vllm_treespec.core.kernel_set import KernelSet
@@ -26,6 +28,7 @@ from vllm_treespec.integration.skipped_layers import (
     fingerprint,
     layers_of,
     skipping,
+    with_fused_kernels,
 )
 from vllm_treespec.integration.stopwatch import Stopwatch
 
@@ -48,7 +51,7 @@ class LayerSkip(DeviceDraft):
             config,
             vllm_config,
             vllm_config.model_config,
-            fed_width=1,
+            max_accepted=0,  # the target has computed the others
             device=device,
             stop=EarlyStop(device) if config.early_stop else None,
             **options,
@@ -93,13 +96,17 @@ class LayerSkip(DeviceDraft):
 
     def _use(self, skip: SkipSet) -> None:
         check_skip_set(skip, self._target)
-        self.model, self.layer_names = skipping(self._target, skip, self._clock)
+        model, self.layer_names = skipping(self._target, skip, self._clock)
+        with set_current_vllm_config(self._vllm_config):
+            self.model = with_fused_kernels(model)
+            self._priority = _uncompiled_priority(self._vllm_config)
 
     def _run(self, *arguments: Any) -> torch.Tensor:
-        if self._clock is None:
-            return super()._run(*arguments)
-        with self._clock.measure(-1):
-            return super()._run(*arguments)
+        with self._priority.set_priority():
+            if self._clock is None:
+                return super()._run(*arguments)
+            with self._clock.measure(-1):
+                return super()._run(*arguments)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._clock is None:
@@ -115,4 +122,13 @@ class LayerSkip(DeviceDraft):
         ends = self._req_states.total_len.gpu[slots]
         # A request in its prefill is fed nothing: its newest token is the prompt's.
         self._set_rows(slots, ends - active.int(), ends, active, temperatures)
-        self._feed_decodes(num_reqs)
+        self._feed_decodes[1](num_reqs)
+
+
+def _uncompiled_priority(vllm_config: VllmConfig) -> Any:
+    """Whose kernels vLLM prefers where it compiles nothing."""
+    compilation = copy.copy(vllm_config.compilation_config)
+    compilation.mode = CompilationMode.NONE
+    uncompiled = copy.copy(vllm_config)
+    uncompiled.compilation_config = compilation
+    return current_platform.get_default_ir_op_priority(uncompiled)

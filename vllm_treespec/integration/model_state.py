@@ -31,12 +31,16 @@ class TreeModelState(DefaultModelState):
     """
 
     speculator: TreeSpeculator
-    _layers: KVLayers
+    _layers: KVLayers | None = None
     _num_draft_tokens = 0
 
     @classmethod
     def bound_to(cls, speculator: TreeSpeculator) -> type[TreeModelState]:
         return type("BoundTreeModelState", (cls,), {"speculator": speculator})
+
+    def release_cache(self) -> None:
+        """Let go of the KV cache; there will be another."""
+        self._layers = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -46,6 +50,7 @@ class TreeModelState(DefaultModelState):
             new_req_data.prefill_token_ids,
             new_req_data.sampling_params,
             vars(new_req_data).get(NAMESPACE, SHARED),
+            new_req_data.num_computed_tokens,
         )
 
     def remove_request(self, req_id: str) -> None:
@@ -102,6 +107,7 @@ class TreeModelState(DefaultModelState):
             input_batch.positions,
         )
         self._num_draft_tokens = input_batch.num_draft_tokens
+        speculator.has_work(continues=self._num_draft_tokens > 0)
         if speculator.flash is not None:
             is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
             speculator.flash.begin(input_batch, is_graph=is_graph)
@@ -123,6 +129,7 @@ class TreeModelState(DefaultModelState):
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
         if self._num_draft_tokens == 0:
             return  # nothing was verified, and the paths are those of an older step
+        assert self._layers is not None, "there is a cache before there are steps"
         speculator = self.speculator
         with speculator.phases.measure(COMMIT):
             commit_paths(

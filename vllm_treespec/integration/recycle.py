@@ -14,6 +14,7 @@ from vllm_treespec.config import RecycleConfig
 from vllm_treespec.core.candidates import DeviceCandidates
 from vllm_treespec.core.kernel_set import KernelSet
 from vllm_treespec.core.propose.recycle import NUM_PAIRS, Contexts, Recycler
+from vllm_treespec.core.transfer import pinned
 from vllm_treespec.integration.node_rows import VerifiedRows
 from vllm_treespec.kernels.recycling import NONE
 
@@ -67,10 +68,14 @@ class Recycle:
 
     def add_prompt(self, token_ids: Sequence[int]) -> None:
         """A request begins, or goes on after it was preempted."""
-        prompt = torch.from_numpy(np.asarray([NONE, *token_ids], np.int64))
-        if self._device.type != "cpu":
-            prompt = prompt.pin_memory().to(self._device, non_blocking=True)
-        self.recycler.learn_prompt(prompt)
+        prompt = pinned(np.asarray([NONE, *token_ids], np.int64), self._device)
+        self.recycler.learn_prompt(prompt.to(self._device, non_blocking=True))
+
+    def pass_by(self, batch: Any) -> None:
+        """Verification has fed it."""
+
+    def rest(self) -> None:
+        pass
 
     def catch_up(
         self, batch: Any, num_sampled: torch.Tensor, temperatures: torch.Tensor

@@ -83,7 +83,7 @@ class SampledDrafts:
         """Let the request draw, if a block is left for it."""
         if self._free:
             self._blocks[slot] = self._free.pop()
-            self._block_of[slot] = self._blocks[slot]
+            self._block_of[slot].fill_(self._blocks[slot])
 
     def remove_request(self, slot: int) -> None:
         self.draws.sources[slot] = -1
@@ -92,7 +92,7 @@ class SampledDrafts:
         block = self._blocks.pop(slot, None)
         if block is not None:
             self._free.append(block)
-            self._block_of[slot] = self._spare
+            self._block_of[slot].fill_(self._spare)
 
     def any_of(self, slots: list[int]) -> bool:
         """Whether one of these requests draws."""

@@ -71,6 +71,16 @@ def max_num_rows(vllm_config: VllmConfig) -> int:
     return num_rows + int(vllm_config.scheduler_config.max_num_seqs)
 
 
+def num_warm_up_rows(vllm_config: VllmConfig) -> int:
+    """Rows that vLLM samples from when it warms up: whole trees for as many requests as
+    have room, whatever the schedule says."""
+    num_nodes = vllm_config.num_speculative_tokens
+    scheduler = vllm_config.scheduler_config
+    num_reqs: int = scheduler.max_num_batched_tokens // (num_nodes + 2)
+    num_rows: int = (num_nodes + 1) * min(num_reqs, scheduler.max_num_seqs)
+    return num_rows
+
+
 def max_num_drafting(vllm_config: VllmConfig) -> int:
     """Requests that are drafted for in one step, at most."""
     return max(last for _, last, nodes in tiers(vllm_config) if nodes > 0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_treespec.config import ConfigError, SkipSet
@@ -203,6 +204,31 @@ def _replaced(
         "do_not_compile": True,
     }
     return copied
+
+
+def with_fused_kernels(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with vLLM's own kernels in place of what it leaves to a compiler; shares
+    all weights, and itself if nothing is different. Inside ``set_current_vllm_config``."""
+    parts = {
+        name: part if part is None else with_fused_kernels(part)
+        for name, part in module._modules.items()
+    }
+    is_left = (
+        isinstance(module, CustomOp)
+        and not (module._enforce_enable or module.enabled())
+        and not hasattr(module, "layer_name")  # known to vLLM by that name, once
+    )
+    if not is_left and all(
+        parts[name] is each for name, each in module._modules.items()
+    ):
+        return module
+    copied: Any = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {**module.__dict__, "_modules": parts}
+    if is_left:
+        copied._enforce_enable = True
+        copied._forward_method = copied.dispatch_forward(compile_native=False)
+    result: torch.nn.Module = copied
+    return result
 
 
 def _is_hidden(value: Any) -> bool:

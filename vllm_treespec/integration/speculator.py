@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import graph_capture
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_treespec.config import (
@@ -25,7 +27,7 @@ from vllm_treespec.core.build import TreeBuilder
 from vllm_treespec.core.kernel_set import choose_kernels
 from vllm_treespec.core.observe import StepCounts
 from vllm_treespec.core.propose.factory import make_proposers
-from vllm_treespec.core.schedule import RequestLimits
+from vllm_treespec.core.schedule import RequestLimits, drop_unwanted
 from vllm_treespec.core.tree import TreeBuffers
 from vllm_treespec.core.verify.target_walk import AcceptedPaths
 from vllm_treespec.integration.attention import bind_layer
@@ -50,7 +52,7 @@ from vllm_treespec.integration.namespaces import SHARED
 from vllm_treespec.integration.node_rows import NodeAdapters, VerifiedRows
 from vllm_treespec.integration.reports import PendingReport, Reporter
 from vllm_treespec.integration.sampled_drafts import SampledDrafts
-from vllm_treespec.integration.sizing import max_num_rows
+from vllm_treespec.integration.sizing import max_num_rows, num_warm_up_rows
 from vllm_treespec.integration.stopwatch import Stopwatch
 from vllm_treespec.integration.worth import Worth
 
@@ -195,6 +197,9 @@ class TreeSpeculator(DraftModelSpeculator):
     def set_attn(
         self, model_state: Any, kv_cache_config: Any, block_tables: Any, *args: Any
     ) -> None:
+        # The last cache was the memory profile's. Its graphs must not be replayed.
+        model_state.release_cache()
+        self.drafts.release_graphs()
         for draft in self.drafts.models.values():
             draft.set_cache(kv_cache_config, block_tables)
 
@@ -204,8 +209,9 @@ class TreeSpeculator(DraftModelSpeculator):
         self._choose_graphs()
 
     def capture(self) -> None:
-        """vLLM captures its graphs now, so draft models do as well."""
-        self.drafts.capture()
+        """vLLM has captured its graphs; now those that draft."""
+        with graph_capture(device=self.device):
+            self.drafts.capture()
 
     def observe_verification(self, *args: Any) -> None:
         """vLLM's acceptance estimator serves adaptive verification, which is off."""
@@ -217,6 +223,7 @@ class TreeSpeculator(DraftModelSpeculator):
         token_ids: Sequence[int],
         sampling_params: Any,
         namespace: int,
+        num_computed: int,  # of the tokens, those in the target's cache
     ) -> None:
         """
         Args:
@@ -242,7 +249,7 @@ class TreeSpeculator(DraftModelSpeculator):
         reason = chain_reason(
             sampling_params, has_custom_processors=self.has_custom_processors
         )
-        self._chain_only[slot] = reason is not None
+        self._chain_only[slot].fill_(reason is not None)
         if reason is not None:
             count_fallback(self.fallbacks, reason)
         if self.sampled is not None:
@@ -256,8 +263,9 @@ class TreeSpeculator(DraftModelSpeculator):
             self.hosted.add_request(
                 slot, token_ids, namespace, is_remembered=options.remember
             )
+        self.drafts.add_request(slot, num_computed)
         if is_public:
-            self.drafts.add_request(token_ids)
+            self.drafts.add_prompt(token_ids)
 
     def remove_request(self, req_id: str) -> None:
         slot = self._slots.pop(req_id, None)
@@ -306,7 +314,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._reporter.decoded(input_batch, self._no_draft_reasons[slots_np])
         self._learn(input_batch, slots, num_sampled)
         if self.hosted is not None:
-            self.hosted.fetch_sampled(slots, num_sampled)
+            self.hosted.fetch_sampled(slots, slots_np, num_sampled)
         slot_list = slots_np.tolist()
         # [num_proposers, num_reqs], whose drafts who gets
         allowed = self._limits.allowed[:, slots_np]
@@ -328,9 +336,7 @@ class TreeSpeculator(DraftModelSpeculator):
                 num_nodes=num_speculative_tokens,
             )
         if not allowed.all():
-            self._limits.drop_unwanted(
-                self.builder.candidates.num_candidates[:, :num_reqs], slots
-            )
+            drop_unwanted(self.builder.candidates.num_candidates[:, :num_reqs], allowed)
         self._num_drafts[slots_np] = np.minimum(
             offered,
             np.minimum(self._limits.max_nodes_np[slots_np], num_speculative_tokens),
@@ -340,10 +346,21 @@ class TreeSpeculator(DraftModelSpeculator):
             draft_tokens = self._build(
                 slots, num_sampled, num_speculative_tokens, slot_list, draws=draws
             )
+        if not self.vllm_config.scheduler_config.async_scheduling:
+            self.has_work(continues=True)  # vLLM waits for the tokens itself
         self._worth.end_step()
         if self.hosted is not None:
             self.hosted.learn(slots_np)
         return draft_tokens
+
+    def has_work(self, *, continues: bool) -> None:
+        """The device is given the next step.
+
+        Args:
+            continues: with requests of the last one, else there may have been a pause.
+        """
+        if self.hosted is not None:
+            self.hosted.end_stall(self._worth if continues else None)
 
     def verified(
         self,
@@ -507,12 +524,18 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _show_logits_to_profiler(self) -> None:
         """Claim what verification will, so that the KV cache leaves room for it."""
-        rows = max_num_rows(self.vllm_config)
+        rows = max(max_num_rows(self.vllm_config), num_warm_up_rows(self.vllm_config))
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         dtype = self.vllm_config.model_config.dtype
-        claimed = [torch.empty(rows, vocab_size, dtype=dtype, device=self.device)]
-        if self.sampled is not None:  # what the rules read, in float32
-            claimed.append(torch.empty(rows, vocab_size, device=self.device))
+        _ = (
+            torch.empty(rows, vocab_size, dtype=dtype, device=self.device),
+            # What is sampled from, in float32, some requests at a time.
+            torch.empty(
+                min(rows, get_max_chunk_logits(vocab_size)),
+                vocab_size,
+                device=self.device,
+            ),
+        )
 
     def describe_trees(self) -> dict[str, dict[str, Any]]:
         """The tree waiting for verification of every request, for people to look at."""

@@ -44,6 +44,9 @@ class NoSync(Launches):  # type: ignore[no-untyped-call]  # torch's
         if name.startswith(("aten.index.", "aten.index_put")):
             masks = (torch.bool, torch.uint8)
             waits |= any(each is not None and each.dtype in masks for each in args[1])
+        if name.startswith("aten.copy_."):
+            # A number written into one place; ``fill_`` passes it along instead.
+            waits |= args[0].dim() == 0 and args[1].dim() == 0
         if name.startswith("aten.repeat_interleave.Tensor"):
             waits |= named.get("output_size") is None
         if waits:

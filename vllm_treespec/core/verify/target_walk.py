@@ -35,6 +35,10 @@ class AcceptedPaths:
             lengths=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
         )
 
+    def of(self, rows: slice) -> AcceptedPaths:
+        """Those rows' share."""
+        return AcceptedPaths(self.nodes[rows], self.lengths[rows])
+
 
 def walk_target(
     kernels: KernelSet,
