@@ -24,7 +24,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 
 if ON_CPU := not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_CPU_CI_ENV"] = "1"
 
 from vllm import LLM

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 
 if not os.path.exists("/dev/nvidiactl"):
-    # A CPU interprets Triton kernels; ours run as their torch twins.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,7 +4,6 @@ Tree attention against what could stand in its place, each checked before it is 
 Without a GPU it checks a tiny batch in Triton's interpreter and times nothing.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     import treespec_cpu_host
 
-    treespec_cpu_host.interpreter.install()
+    treespec_cpu_host.repair_interpreter()
 
 from attention_apart import attend_apart, kind_of_layer
 

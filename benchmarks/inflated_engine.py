@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 
 if ON_CPU := not os.path.exists("/dev/nvidiactl"):
-    # A CPU interprets Triton kernels; ours run as their torch twins.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

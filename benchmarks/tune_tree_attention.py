@@ -8,7 +8,6 @@ batch in Triton's interpreter and writes nothing.
 """
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -22,10 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     import treespec_cpu_host
 
-    treespec_cpu_host.interpreter.install()
+    treespec_cpu_host.repair_interpreter()
 
 from attention_apart import attend_apart, kind_of_layer
 from triton import OutOfResources
