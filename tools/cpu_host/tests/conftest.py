@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-# The tests share kernels.py; importlib mode keeps their folder off the path.
+# The tests share host_kernels.py; importlib mode keeps their folder off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 

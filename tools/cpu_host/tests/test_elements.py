@@ -7,8 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
-from kernels import binary, unary
+from host_kernels import binary, unary
 
 SIZE = 64
 NUM = 3 * SIZE + 37

@@ -221,7 +221,7 @@ import torch
 import treespec_cpu_host
 treespec_cpu_host.repair_interpreter()
 import sys; sys.path.insert(0, {tests!r})
-from kernels import unary
+from host_kernels import unary
 import triton, triton.language as tl
 @triton.jit
 def double(x):

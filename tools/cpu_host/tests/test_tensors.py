@@ -7,8 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
-from kernels import along, dot, scan
+from host_kernels import along, dot, scan
 
 ROWS, COLUMNS = 8, 32
 
