@@ -12,6 +12,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_treespec.config import ConfigError, NgramConfig, TreeSpecConfig
+from vllm_treespec.integration import sizing
 from vllm_treespec.integration.engine_args import WORKER, from_vllm_config
 from vllm_treespec.integration.plugin import register
 
@@ -61,12 +62,13 @@ def test_the_method_becomes_a_native_one_and_the_tree_travels_as_json():
         ),
     ],
 )
-def test_one_line_says_that_trees_are_on(tree, max_num_seqs, load, caplog):
+def test_one_line_says_that_trees_are_on(tree, max_num_seqs, load, monkeypatch):
     tree = {"proposers": [{"type": "ngram"}], **tree}
     raw = {"method": "treespec", "num_speculative_tokens": 31, "tree": tree}
-    with caplog.at_level("INFO", logger="vllm"):
-        make(raw, max_num_seqs=max_num_seqs)
-    lines = [each for each in caplog.messages if each.startswith("treespec: ")]
+    lines = []
+    log = lambda text, *values: lines.append(text % values)  # noqa: E731
+    monkeypatch.setattr(sizing.logger, "info", log)
+    make(raw, max_num_seqs=max_num_seqs)
     (line,) = lines
     assert "trees of 31 draft nodes per request and step, from ngram; " in line
     assert load in line
