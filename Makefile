@@ -10,7 +10,7 @@ NEXT_TESTS ?= tests/integration tests/engine
 
 .PHONY: demo test statistics soak test-next check types format bench docs try-install clean FORCE
 
-demo: $(VENV)/installed  ## trees against no speculation, with the bundled model
+demo: $(VENV)/installed  ## a chat model without speculation, then with trees
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed  ## kernels compiled for this machine, GPU or not
