@@ -54,6 +54,25 @@ def build(proposals, *, num_nodes=9, budgets=None, chain_only=None):
     return trees, slots, drafts
 
 
+def test_as_many_nodes_as_are_likely_begin_the_tree():
+    # 1 -- 2 -- 3 and 4, likelier than 3
+    proposal = candidates(
+        [(1, -1, 0.6), (2, 0, 0.5), (3, 1, 0.3), (4, -1, 0.2)], [(8, -1, 0.1)], []
+    )
+    trees = TreeBuffers.allocate(6, 9, CPU)
+    builder = TreeBuilder(KERNELS, trees, num_proposers=1, max_candidates=8)
+    builder.upload(0, proposal)
+    slots = torch.tensor([5, 2, 0])
+    build_all(builder, slots, num_nodes=8)
+    scores = builder._merged.scores[5, :4].exp().sort(descending=True).values
+    for count in range(1, 4):
+        between = float(scores[count - 1] + scores[count]) / 2
+        assert builder.num_likely(slots, between)[0] == count
+    assert builder.num_likely(slots, 1e-9).tolist() == [4, 1, 0]
+    assert builder.num_likely(slots, 1.0).tolist() == [0, 0, 0]
+    assert trees.token_ids[5, 1:5].tolist() == [1, 2, 4, 3]
+
+
 def build_all(builder, slots, *, num_nodes):
     """Of requests that have no limits of their own."""
     max_nodes = torch.full((6,), 99).int()

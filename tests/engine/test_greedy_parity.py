@@ -334,3 +334,18 @@ def test_paths_may_end_anywhere(model_path, prompts, start, plain_greedy, accept
     sampler._verify = with_invalid
     assert engine.greedy(batch) == plain
     assert num_cut > 5 and sum(acceptance.lengths) > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's host does not know")
+def test_unlikely_nodes_are_not_verified(model_path, prompts, start, plain_greedy):
+    path, batch, drafted = model_path("llama"), prompts(4), []
+    plain = plain_greedy(path, batch)
+    for min_probability in (0.0, 0.3, 1.0):
+        tree = {"proposers": [{"type": "suffix"}], "min_probability": min_probability}
+        engine = start(path, tree=tree)
+        for _ in range(2):  # the second time, what was said is remembered
+            assert engine.greedy(batch) == plain
+        drafted.append(engine.metric("vllm:spec_decode_num_draft_tokens"))
+        accepted = engine.metric("vllm:spec_decode_num_accepted_tokens")
+        assert (accepted > 0) == (min_probability < 1)
+    assert drafted[0] > drafted[1] > drafted[2] == 0

@@ -16,7 +16,7 @@ from vllm_treespec.integration.cpu_sizes import (
     sizes_for,
 )
 
-SMALL = Sizes(num_nodes=7, max_rows=16)
+SMALL = Sizes(num_nodes=7, max_rows=16, min_probability=0.1)
 
 
 def fitted(tree: dict[str, Any], sizes: Sizes = SMALL, **raw: Any) -> TreeSpecConfig:
@@ -43,6 +43,7 @@ def test_trees_are_large_where_rows_are_cheap(
 def test_what_the_user_leaves_out_is_sized() -> None:
     config = fitted({})
     assert (config.num_speculative_tokens, config.max_rows) == (7, 16)
+    assert config.min_probability == 0.1
 
 
 def test_what_the_user_says_stays() -> None:
@@ -50,6 +51,7 @@ def test_what_the_user_says_stays() -> None:
     assert (config.num_speculative_tokens, config.max_rows) == (20, 40)
     config = fitted({}, num_speculative_tokens=20)
     assert (config.num_speculative_tokens, config.max_rows) == (20, 21)
+    assert fitted({"min_probability": 0}).min_probability == 0
 
 
 @pytest.mark.parametrize("max_rows", [8, 40])
@@ -81,5 +83,6 @@ def test_everything_else_stays_as_it_was() -> None:
     before = TreeSpecConfig.parse({"method": "treespec", "tree": tree}).to_dict()
     after = fitted(tree).to_dict()
     for config in (before, after):
-        del config["num_speculative_tokens"], config["tree"]["max_rows"]
+        del config["num_speculative_tokens"]
+        del config["tree"]["max_rows"], config["tree"]["min_probability"]
     assert before == after

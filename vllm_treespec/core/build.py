@@ -207,6 +207,22 @@ class TreeBuilder:
         )
         return draft_tokens
 
+    def num_likely(
+        self,
+        slots: torch.Tensor,  # [num_reqs] int64
+        min_probability: float,
+    ) -> torch.Tensor:  # [num_reqs] int64
+        """Of each slot's last candidates, how many are as likely to be accepted.
+
+        Trees begin with their likeliest nodes, so as many of a tree's are.
+        """
+        merged = self._merged
+        scores = merged.scores[slots]
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        is_likely = scores.exp() >= min_probability
+        is_likely &= columns < merged.num_nodes[slots, None]
+        return is_likely.sum(1)
+
     def _merge(self, slots: torch.Tensor) -> None:
         """One tree of all candidates, and each proposer's own scores of its nodes."""
         rows = slice(slots.shape[0])

@@ -15,12 +15,14 @@ class Sizes(NamedTuple):
 
     num_nodes: int
     max_rows: int
+    min_probability: float  # of a node, from which its row pays
 
 
 # With AMX, 32 rows of half precision take 1.4 times as long as one, for they wait for the
 # weights. Without, 8 rows take 1.7 times as long, 16 take 2.3 times and 32 3.6 times.
-WITH_AMX = Sizes(num_nodes=15, max_rows=64)
-WITHOUT_AMX = Sizes(num_nodes=7, max_rows=16)
+# A row pays if it brings more tokens than a step brings in the time that it takes.
+WITH_AMX = Sizes(num_nodes=15, max_rows=64, min_probability=0.02)
+WITHOUT_AMX = Sizes(num_nodes=7, max_rows=16, min_probability=0.1)
 
 
 def sizes_for(dtype: str | torch.dtype, *, has_amx: bool) -> Sizes:
@@ -45,9 +47,10 @@ def parse_for_cpu(raw: Mapping[str, Any], sizes: Sizes) -> TreeSpecConfig:
         )
     except ConfigError:  # it may be the nodes that other options take for granted
         config = TreeSpecConfig.parse(raw)
-    if config.max_rows is not None:
-        return config
-    rows = max(sizes.max_rows, config.num_speculative_tokens + 1)
     sized = config.to_dict()
-    sized["tree"]["max_rows"] = rows
+    tree = sized["tree"]
+    if config.max_rows is None:
+        tree["max_rows"] = max(sizes.max_rows, config.num_speculative_tokens + 1)
+    if config.min_probability is None:
+        tree["min_probability"] = sizes.min_probability
     return TreeSpecConfig.parse(sized)

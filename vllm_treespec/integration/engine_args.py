@@ -79,7 +79,13 @@ def _parse(raw: Mapping[str, Any], dtype: Any) -> TreeSpecConfig:
     from vllm.platforms import current_platform  # not while vLLM loads plugins
 
     if not current_platform.is_cpu():
-        return TreeSpecConfig.parse(raw)
+        config = TreeSpecConfig.parse(raw)
+        if config.min_probability is not None:
+            raise ConfigError(
+                f"tree.min_probability={config.min_probability}: a GPU's host does not "
+                "know how likely nodes are, leave it out"
+            )
+        return config
     return parse_for_cpu(raw, sizes_for(dtype, has_amx=has_amx()))
 
 

@@ -346,6 +346,11 @@ class TreeSpeculator(DraftModelSpeculator):
             draft_tokens = self._build(
                 slots, num_sampled, num_speculative_tokens, slot_list, draws=draws
             )
+        if self._config.min_probability and not draws:  # drawn ones come unrated
+            likely = self.builder.num_likely(slots, self._config.min_probability)
+            self._num_drafts[slots_np] = np.minimum(
+                self._num_drafts[slots_np], likely.numpy()
+            )
         if not self.vllm_config.scheduler_config.async_scheduling:
             self.has_work(continues=True)  # vLLM waits for the tokens itself
         self._worth.end_step()
