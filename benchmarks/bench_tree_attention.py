@@ -4,22 +4,16 @@ Tree attention against what could stand in its place, each checked before it is 
 Without a GPU it checks a tiny batch in Triton's interpreter and times nothing.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
     import treespec_cpu_host
 
     treespec_cpu_host.repair_interpreter()
-
-from attention_apart import attend_apart, kind_of_layer
 
 from vllm_treespec.kernels.attention_plan import SplitBuffers
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
@@ -53,9 +47,8 @@ class Row(NamedTuple):
     context: int
     nodes: int
     bound_us: float  # roofline of the device
-    single_us: float  # our kernel, contexts in one piece
+    whole_us: float  # our kernel, no tile of rows is cut
     split_us: float  # our kernel as vLLM launches it
-    merged_us: float  # FlashAttention over the context, our kernel over the tree
     qq_bias_us: float  # vLLM's Triton kernel, with one tree for all requests
     flex_us: float  # on keys already gathered: it pays for no paging
     fa3_chain_us: float  # FlashAttention 3, which can verify a chain only
@@ -153,18 +146,6 @@ def tree_us(batch: Batch, split: SplitBuffers | None) -> float:
         return output
 
     return batch.checked_us(attend)
-
-
-def merged_us(batch: Batch) -> float:
-    kind = kind_of_layer(HEADS.num_heads, HEADS.num_kv_heads, HEADS.head_size)
-    attend = attend_apart(kind, batch.tensors, BLOCK_SIZE)
-    output = torch.zeros_like(batch.expected)
-
-    def attend_once() -> torch.Tensor:
-        attend(**batch.tensors | {"output": output}, **batch.options)
-        return output
-
-    return batch.checked_us(attend_once)
 
 
 def qq_bias_us(batch: Batch) -> float:
@@ -279,7 +260,6 @@ def measure(split: SplitBuffers, num_reqs: int, context: int, num_nodes: int) ->
         bound_us(num_reqs, num_nodes, context),
         tree_us(tree, None),
         tree_us(tree, split),
-        merged_us(tree),
         qq_bias_us(make_batch(one_tree, context)),
         flex_us(tree),
         fa3_chain_us(make_batch(chain_parents(num_reqs, num_nodes), context)),

@@ -16,7 +16,7 @@ from vllm_treespec.kernels.attention_plan import (
 )
 from vllm_treespec.testing.bench import print_table
 from vllm_treespec.testing.kernel_variants import SIGNATURES, SPLIT, attention_of
-from vllm_treespec.testing.offline_compile import SHARED_MEMORY, compile_for
+from vllm_treespec.testing.offline_compile import compile_for
 from vllm_treespec.testing.roofline import (
     A100,
     H200,
@@ -40,13 +40,13 @@ tree attention: the bytes that have to move at least once, divided by the memory
 of the data sheet, or the FLOPs divided by its peak where that is longer (`least_us`).
 `intensity` is in FLOPs per byte; below {h200:.0f} on an H200 and {a100:.0f} on an A100
 bandwidth is the bound. `l2_reads` is how often tiles of the same request read the same
-keys, from the cache of the chip as a rule. `fill` is the share of the chip's program
-slots that are taken, by one kernel and when the context is split into `segments`; far
-below 1 the time of the model is out of reach. What the segments write and read again is
-not counted.
+keys, from the cache of the chip as a rule. `programs` share the work evenly; `fill` is the
+share of the chip's program slots that they take, far below 1 the time of the model is out
+of reach. `whole_fill` is what it would be if no tile of rows were cut. `merged_mib` is
+what the programs write and read again at most, from the cache of the chip as a rule.
 
-33 nodes of a group of 4 are 132 rows, 4 more than the largest tile holds, so they read
-the keys twice; 32 nodes (`num_speculative_tokens` 31) would read them once."""
+33 rows of a group of 4 are 132, 4 more than the largest tile holds, so they read the keys
+twice; 32 (`num_speculative_tokens` 31) read them once."""
 
 
 class Variant(NamedTuple):
@@ -69,6 +69,7 @@ class Tiles(NamedTuple):
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tiles_ahead: int
     programs_per_sm: int
 
 
@@ -81,15 +82,16 @@ class Bound(NamedTuple):
     intensity: float
     least_us: float
     l2_reads: int
+    programs: int
     fill: float
-    segments: int
-    split_fill: float
+    whole_fill: float
+    merged_mib: float
 
 
 def variants(arch: int) -> list[Variant]:
     rows = []
     for name, arguments in SIGNATURES.items():
-        if arch < 90 and "e4m3" in name:
+        if arch < 89 and "e4m3" in name:
             continue  # not in this chip
         kernel, _, variant = name.split(":")[1].partition(" ")
         compiled = compile_for(arch, name, arguments)
@@ -97,7 +99,7 @@ def variants(arch: int) -> list[Variant]:
             Variant(
                 kernel.strip("_").removesuffix("_kernel"),
                 variant,
-                *compiled,
+                *compiled[:4],
                 compiled.programs_per_sm(arch),
             )
         )
@@ -109,7 +111,7 @@ def tuned(arch: int) -> list[Tiles]:
     for (tuned_arch, head_size, cache_bytes), found in sorted(table().items()):
         if tuned_arch != arch:
             continue
-        quantized = "fp8e4nv" if arch >= 90 else "fp8e5"
+        quantized = "fp8e4nv" if arch >= 89 else "fp8e5"
         for tiles in found:
             tiles = choose_tiles([tiles], tiles.block_m, 4)
             arguments = attention_of(
@@ -132,14 +134,6 @@ def tuned(arch: int) -> list[Tiles]:
     return rows
 
 
-def split_of(device: Device) -> SplitBuffers:
-    """As `SplitBuffers.allocate` would make it there, without the memory."""
-    meta = torch.device("meta")
-    floats = torch.empty(device.num_sms * 128 * 128, device=meta)
-    rows = torch.empty(device.num_sms * 1024, device=meta)
-    return SplitBuffers(device.num_sms, floats, rows, rows)
-
-
 def bound(
     device: Device, heads: Heads, num_reqs: int, num_nodes: int, context: int
 ) -> Bound:
@@ -147,18 +141,16 @@ def bound(
     tiles: TileSizes = choose_tiles(
         table()[device.arch, heads.head_size, 2], num_nodes * heads.group, heads.group
     )
-    segments = split_of(device).num_segments(
-        tiles,
-        num_tokens=num_reqs * num_nodes,
-        num_reqs=num_reqs,
-        num_heads=heads.num_heads,
-        num_kv_heads=heads.num_kv_heads,
-        max_query_len=num_nodes,
-        max_num_keys=context + num_nodes,
-    )
+    # On no device, so without the memory.
+    split = SplitBuffers.of(device.num_sms, torch.device("meta"))
+    most = split.num_programs(tiles)
     tiles_per_req = -(-num_nodes // tiles.block_q)
-    programs = num_reqs * tiles_per_req * heads.num_kv_heads
+    whole = num_reqs * tiles_per_req * heads.num_kv_heads
+    units = whole * -(-(context + num_nodes) // tiles.block_n)
+    share = max(-(-units // most), split.min_keys // tiles.block_n)
+    programs = -(-units // share)
     slots = device.num_sms * tiles.programs_per_sm
+    result_bytes = tiles.block_m * (tiles.head_size_padded + 2) * 4
     return Bound(
         num_reqs,
         num_nodes,
@@ -168,9 +160,10 @@ def bound(
         work.intensity,
         work.least_us(device),
         tiles_per_req,
-        min(1.0, programs / slots),
-        segments,
-        min(1.0, programs * segments / slots),
+        programs,
+        programs / slots,
+        min(1.0, whole / slots),
+        programs * 2 * 2 * result_bytes / 2**20,
     )
 
 
@@ -180,13 +173,13 @@ if __name__ == "__main__":
         for device in (H200, A100)
     }
     print(HEADER.format(h200=balance["H200"], a100=balance["A100 80GB"]))
-    for arch in SHARED_MEMORY:
+    for arch in (80, 90):
         print_table(f"All kernels for sm_{arch}", variants(arch))
         print_table(f"Tiles of tree attention, bfloat16, sm_{arch}", tuned(arch))
     sizes = [
         (reqs, nodes, context)
         for reqs in (1, 8, 64)
-        for nodes in (8, 33, 128)
+        for nodes in (8, 32, 128)
         for context in (512, 4096, 32768)
     ]
     for heads in (LLAMA_8B, LLAMA_70B_TP8):

@@ -1,44 +1,28 @@
 """python benchmarks/tune_tree_attention.py
 
 Measures tiles of tree attention on this GPU and writes the best of this compute
-capability into kernels/tuned/tree_attention.json, beside those of the others. With these
-tiles it measures where FlashAttention had better attend to the keys of earlier steps, and
-writes that as well. Without a GPU it checks a few tiles and the division of keys on a tiny
-batch in Triton's interpreter and writes nothing.
+capability into kernels/tuned/tree_attention.json, beside those of the others. Without a
+GPU it checks a few tiles on a tiny batch in Triton's interpreter and writes nothing.
 """
 
 import json
 import statistics
-import sys
 from collections.abc import Iterator
-from functools import partial
-from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
     import treespec_cpu_host
 
     treespec_cpu_host.repair_interpreter()
 
-from attention_apart import attend_apart, kind_of_layer
 from triton import OutOfResources
 
-from vllm_treespec.kernels.attention_plan import (
-    TABLE,
-    SplitBuffers,
-    TileSizes,
-    table,
-    tile_sizes,
-)
+from vllm_treespec.kernels.attention_plan import TABLE, SplitBuffers, TileSizes
 from vllm_treespec.kernels.reference.tree_attention import tree_attention as reference
 from vllm_treespec.kernels.tree_attention import tree_attention
 from vllm_treespec.testing.bench import machine, median_us, print_table
-from vllm_treespec.testing.divisions import Division, regions
 from vllm_treespec.testing.tile_table import write_table
 from vllm_treespec.testing.trees import chain_parents
 
@@ -49,15 +33,11 @@ GROUP, NUM_KV_HEADS, BLOCK_SIZE = 4, 8 if ON_GPU else 1, 16
 HEAD_SIZES = (64, 128, 256) if ON_GPU else (32,)
 BLOCK_MS = (16, 32, 64, 128) if ON_GPU else (16, 32)
 BLOCK_NS = (32, 64, 128) if ON_GPU else (16, 32)
-NUM_STAGES = (2, 3, 4) if ON_GPU else (2,)
+NUM_STAGES = (2, 3, 4, 5) if ON_GPU else (2,)
 NUM_WARPS = (4, 8) if ON_GPU else (4,)
 PROGRAMS_PER_SM = (1, 2, 4) if ON_GPU else (2,)
 # (requests, context): a tile has to serve both, so their geometric mean counts
 BATCHES = ((1, 16384), (16, 2048)) if ON_GPU else ((1, 300),)
-# Of divided keys: rows and contexts of a request, and batches that have to gain.
-ROWS = (32, 64, 128, 256) if ON_GPU else (16,)
-CONTEXTS = (1024, 4096, 16384, 65536) if ON_GPU else (100,)
-BATCH_SIZES = (1, 16) if ON_GPU else (2,)
 
 
 class Row(NamedTuple):
@@ -161,36 +141,20 @@ def best(head_size: int, cache_bytes: int, block_m: int, split: SplitBuffers) ->
     return min(rows, key=lambda row: row.mean_us)
 
 
-def divide(head_size: int, rows: int, context: int, split: SplitBuffers) -> Division:
-    """FlashAttention over the context and our kernel over the rest, or ours alone."""
-    ratios = []
-    for num_reqs in BATCH_SIZES:
-        batch = make_batch(head_size, 2, rows // GROUP, num_reqs, context)
-        heads = kind_of_layer(NUM_KV_HEADS * GROUP, NUM_KV_HEADS, head_size)
-        outputs = [torch.zeros_like(batch["query"]) for _ in range(2)]
-        together = partial(tree_attention, **batch, output=outputs[0], split=split)
-        divided = attend_apart(heads, batch, BLOCK_SIZE)
-        apart = partial(divided, **batch, output=outputs[1])
-        apart(), together()
-        tolerance = 2e-2 if ON_GPU else 1e-5
-        torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
-        ratios.append(median_us(apart) / median_us(together))
-    return Division(head_size, rows, context, max(ratios))
-
-
 def arch() -> int:
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
 
-def write(name: str, measured: list[dict[str, int]]) -> None:
+def write(measured: list[dict[str, int]]) -> None:
     """Replace this compute capability's entries."""
     stored = json.loads(TABLE.read_text())
-    kept = [entry for entry in stored[name] if entry["arch"] != arch()]
-    stored[name] = kept + [{"arch": arch(), **entry} for entry in measured]
-    about = f" {name.capitalize()} of {arch()} were measured: {machine()}."
-    about = stored.pop("about").replace(about, "") + about
-    write_table(about, stored)
+    kept = [each for each in stored["tiles"] if each["arch"] != arch()]
+    about = f" Tiles of {arch()} were measured: {machine()}."
+    write_table(
+        stored["about"].replace(about, "") + about,
+        kept + [{"arch": arch(), **each} for each in measured],
+    )
 
 
 def tiles_of(rows: list[Row]) -> list[dict[str, int]]:
@@ -219,19 +183,11 @@ def main() -> None:
     ]
     if ON_GPU:
         print_table("The fastest tiles of tree attention", rows)
-        write("tiles", tiles_of(rows))
-        # What follows is measured with these tiles.
-        table.cache_clear()
-        tile_sizes.cache_clear()
-    divisions = [divide(*size, split) for size in product(HEAD_SIZES, ROWS, CONTEXTS)]
-    if ON_GPU:
-        print_table("FlashAttention over the context, ours over the rest", divisions)
-        write("apart", regions(divisions))
+        write(tiles_of(rows))
     else:
         print(
-            f"{len(rows)} sizes are right with every tile in Triton's interpreter, and "
-            f"so are {len(divisions)} divisions of the keys; speed is unmeasured and "
-            "nothing was written, for there is no CUDA device here"
+            f"{len(rows)} sizes are right with every tile in Triton's interpreter; speed "
+            "is unmeasured and nothing was written, for there is no CUDA device here"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a launch of tree attention is cut: tiles, and segments of the context."""
+"""How a launch of tree attention is cut: tiles, and how many programs share them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 import triton
 
 TABLE = Path(__file__).parent / "tuned/tree_attention.json"
-# Floats of scratch for each multiprocessor: 128 rows of a head of 128.
-FLOATS_PER_SM = 128 * 128
+# Floats of scratch for each multiprocessor: two results of 256 rows of a head of 128.
+FLOATS_PER_SM = 2 * 256 * 128
+MAX_PROGRAMS_PER_SM = 32
+# Of shared memory, at most, where three tiles of keys and values are held.
+DEFAULT_TILE_BYTES = 112 * 1024
 MIN_HEAD_SIZE = 16  # a narrower head is padded: tl.dot needs as much
-MIN_SEGMENT_KEYS = 128
-MAX_SEGMENTS = 64
 
 
 class TileSizes(NamedTuple):
@@ -32,74 +33,59 @@ class TileSizes(NamedTuple):
     programs_per_sm: int  # that run at once
 
 
-class Region(NamedTuple):
-    """Launches in which FlashAttention over the keys of earlier steps, our kernel over this
-    step's and a merge were measured to be faster than our kernel alone."""
-
-    min_rows: int  # of a request, queries times group
-    max_rows: int
-    min_keys: int  # of the longest request
-
-    def has(self, rows: int, num_keys: int) -> bool:
-        return self.min_rows <= rows <= self.max_rows and num_keys >= self.min_keys
-
-
 @dataclass(frozen=True, slots=True)
 class SplitBuffers:
-    """Scratch for contexts that are cut into segments, at addresses that CUDA graphs
-    can keep. One serves all layers: they run one after the other.
+    """Scratch for work that is divided evenly among programs, at addresses that CUDA
+    graphs can keep. One serves all layers: they run one after the other.
 
-    A row is one query head of one token in one segment. Peaks and totals are in base 2:
-    the segment's softmax denominator is ``total * 2 ** peak``.
+    A program may go on with a tile of rows that another began, and leave one to others:
+    two partial results. Peaks and totals are in base 2: the softmax denominator of what
+    a program saw is ``total * 2 ** peak``.
     """
 
     num_sms: int  # multiprocessors of the device
     weighted: torch.Tensor  # [max_num_floats] f32, softmax numerators of all rows
     peaks: torch.Tensor  # [max_num_rows] f32
     totals: torch.Tensor  # [max_num_rows] f32, 0: nothing seen, the numerator is stale
+    cuts: torch.Tensor  # [max_num_programs * 4] int32, tiles that were left to others
+    min_keys: int = 256  # of a program; fewer cost less than to merge them
 
     @classmethod
     def allocate(cls, device: torch.device) -> SplitBuffers:
-        """72 KiB for every multiprocessor, peaks and totals included: 9.3 MiB on an
-        H200."""
-        num_sms = 4  # no device to fill, but the same code
+        """288 KiB for every multiprocessor: 37 MiB on an H200."""
+        num_sms = 1  # a CPU's programs run one after the other
         if device.type == "cuda":
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls.of(num_sms, device)
+
+    @classmethod
+    def of(cls, num_sms: int, device: torch.device, **options: int) -> SplitBuffers:
+        """Those of a device of as many multiprocessors."""
         num_floats = num_sms * FLOATS_PER_SM
 
         def empty(size: int) -> torch.Tensor:
             return torch.empty(size, dtype=torch.float32, device=device)
 
         num_rows = num_floats // MIN_HEAD_SIZE
-        return cls(num_sms, empty(num_floats), empty(num_rows), empty(num_rows))
-
-    def num_segments(
-        self,
-        tiles: TileSizes,
-        *,
-        num_tokens: int,
-        num_reqs: int,
-        num_heads: int,
-        num_kv_heads: int,
-        max_query_len: int,
-        max_num_keys: int,
-    ) -> int:
-        """Segments that fill the device, as far as the scratch goes; 1: do not split.
-
-        Only of numbers that a CUDA graph is captured for: contexts may grow in it.
-        """
-        tiles_per_req = -(-max_query_len // tiles.block_q)
-        num_tiles = min(
-            num_reqs * tiles_per_req, num_tokens // tiles.block_q + num_reqs
+        cuts = torch.empty(num_sms * MAX_PROGRAMS_PER_SM * 4, device=device).int()
+        return cls(
+            num_sms,
+            empty(num_floats),
+            empty(num_rows),
+            empty(num_rows),
+            cuts,
+            **options,
         )
-        num_floats = num_tokens * num_heads * tiles.head_size_padded
+
+    def num_programs(self, tiles: TileSizes) -> int:
+        """As many as run at once, as far as the scratch goes: never of what a CUDA graph
+        is replayed for."""
+        floats_per_program = 2 * tiles.block_m * tiles.head_size_padded
         return max(
             1,
             min(
-                self.num_sms * tiles.programs_per_sm // (num_tiles * num_kv_heads),
-                self.weighted.numel() // num_floats,
-                max_num_keys // MIN_SEGMENT_KEYS,
-                MAX_SEGMENTS,
+                self.num_sms * min(tiles.programs_per_sm, MAX_PROGRAMS_PER_SM),
+                self.weighted.numel() // floats_per_program,
             ),
         )
 
@@ -121,7 +107,18 @@ def tile_sizes(
         found = table().get((arch, head_size_padded, cache_dtype.itemsize))
         if found is not None:
             return choose_tiles(found, rows, group)
-    return default_tiles(rows, group, head_size, query_dtype.itemsize)
+    tiles = default_tiles(rows, group, head_size, query_dtype.itemsize)
+    return tiles._replace(programs_per_sm=_programs_of_default_tiles(device))
+
+
+def _programs_of_default_tiles(device: torch.device) -> int:
+    """As many as fit: two on the larger chips, on which one leaves half of it idle."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    # Beside what they ask for, programs take a KiB each.
+    shared: int = properties.shared_memory_per_multiprocessor
+    return max(1, min(2, shared // (DEFAULT_TILE_BYTES + 1024)))
 
 
 def _arch(device: torch.device) -> int | None:
@@ -144,16 +141,6 @@ def table() -> dict[tuple[int, int, int], list[TileSizes]]:
     return dict(found)
 
 
-@functools.cache
-def regions(device: torch.device, head_size: int) -> list[Region]:
-    """The table's for this device and heads; none where nothing was measured."""
-    return [
-        Region(entry["min_rows"], entry["max_rows"], entry["min_keys"])
-        for entry in json.loads(TABLE.read_text())["apart"]
-        if (entry["arch"], entry["head_size"]) == (_arch(device), head_size)
-    ]
-
-
 def choose_tiles(found: list[TileSizes], rows: int, group: int) -> TileSizes:
     """The smallest that hold all rows of a request, else the largest."""
     fitting = [tiles for tiles in found if tiles.block_m >= max(rows, group)]
@@ -166,7 +153,7 @@ def choose_tiles(found: list[TileSizes], rows: int, group: int) -> TileSizes:
 def default_tiles(
     rows: int, group: int, head_size: int, element_size: int
 ) -> TileSizes:
-    """Tiles that fit 96 KiB of shared memory, whatever the head."""
+    """Tiles that fit the smallest chips, whatever the head."""
     head_size_padded = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     # Tiles are cut to keep rows * head_size * element_size within 16 KiB.
     row_bytes = head_size_padded * element_size

@@ -57,7 +57,11 @@ def host_attention(
             same batch and trees; their keys, queries and windows may differ.
     """
     batch = (query_start_loc, seq_lens, block_table, num_nodes, depths, masks)
-    if soft_cap is not None or key_cache.element_size() == 1 or _has_any(options):
+    if (
+        soft_cap is not None
+        or key_cache.element_size() == 1
+        or options.get("sinks") is not None
+    ):
         twin.tree_attention(
             query,
             key_cache,
@@ -78,11 +82,6 @@ def host_attention(
         plans[shape] = list(_parts(*batch, *shape))
     for part in plans[shape]:
         _attend(query, key_cache, value_cache, output, part, scale)
-
-
-def _has_any(options: dict[str, Any]) -> bool:
-    wanted = ("sinks", "log_sums", "first_keys")
-    return any(options.get(name) is not None for name in wanted)
 
 
 def _parts(

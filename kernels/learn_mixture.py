@@ -26,7 +26,7 @@ def _sum_rows(sums_ptr, row_stride, num_rows, BLOCK_ROWS: tl.constexpr):
     return tl.sum(partial, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _learn_mixture_kernel(
     sums_ptr,
     sums_row_stride,
@@ -52,6 +52,10 @@ def _learn_mixture_kernel(
     slope_bend = fading * (slope_bend + tl.load(memory_ptr + 1))
     both_bend = fading * (both_bend + tl.load(memory_ptr + 2))
     offset_bend = fading * (offset_bend + tl.load(memory_ptr + 3))
+    slope = tl.load(slopes_ptr + voice)
+    offset = tl.load(offsets_ptr + voice)
+    # One warp may not store what another is yet to load.
+    tl.debug_barrier()
     tl.store(memory_ptr, fading * known)
     tl.store(memory_ptr + 1, slope_bend)
     tl.store(memory_ptr + 2, both_bend)
@@ -61,7 +65,6 @@ def _learn_mixture_kernel(
     offset_bend += PRIOR_CURVATURE
     determinant = slope_bend * offset_bend - both_bend * both_bend
     slope_step = (offset_bend * slope_error - both_bend * offset_error) / determinant
-    slope = tl.load(slopes_ptr + voice)
     # no voice is heard as the opposite of what it says
     change = tl.minimum(tl.maximum(-slope_step, -MAX_CHANGE), MAX_CHANGE)
     change = tl.maximum(change, -slope)
@@ -69,7 +72,7 @@ def _learn_mixture_kernel(
     # the best offset for what the slope has become
     step = (offset_error + both_bend * change) / offset_bend
     step = tl.minimum(tl.maximum(step, -MAX_CHANGE), MAX_CHANGE)
-    tl.store(offsets_ptr + voice, tl.load(offsets_ptr + voice) - step)
+    tl.store(offsets_ptr + voice, offset - step)
 
 
 def learn_mixture(

@@ -61,8 +61,9 @@ def _perturb_logits_kernel(
         )
         # Large noise comes from small uniforms, where float32 is finest.
         exponential = tl.where(uniform < 0.5, uniform + uniform * uniform * 0.5, 0.0)
+        # 1e-37: below float32's least normal number, a literal may become a float64.
         exponential = tl.where(
-            uniform < 1e-3, exponential, -tl.log(tl.maximum(1.0 - uniform, 1e-38))
+            uniform < 1e-3, exponential, -tl.log(tl.maximum(1.0 - uniform, 1e-37))
         )
         noise = -tl.log(exponential)
     tl.store(noisy_ptr + row * noisy_stride + tokens, logits + noise, mask=is_token)

@@ -11,6 +11,11 @@ from vllm_treespec.kernels.attention_plan import SplitBuffers, TileSizes, tile_s
 MAX_HEAD_SIZE = 256
 WORD_BITS = tl.constexpr(32)  # nodes per int32 mask word
 WORD_SHIFT = tl.constexpr(5)  # rounds down where // would round to zero
+LANES = tl.constexpr(256)  # requests looked at together
+# Of a tile that its program left to others: pieces, 0 if there is none, the first
+# query's token, rows, the first query head.
+CUT_WORDS = tl.constexpr(4)
+MERGED_ROWS, MERGED_PIECES = 4, 8  # of one program that merges
 
 # Scores are in base 2: exp2 is the hardware's exponential.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -19,24 +24,99 @@ NO_SCORE = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q: tl.constexpr):
-    """Last request whose first tile is not after ``tile``."""
-    low = tl.full((), 0, tl.int32)
-    high = num_reqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
+def _work(
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    reqs,
+    num_reqs,
+    SLIDING_WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CUT: tl.constexpr,
+):
+    """Tiles of rows that each request has, and about how many tiles of keys one of them
+    sees: work is cut between these. 1 where it is not cut."""
+    is_req = reqs < num_reqs
+    query_start = tl.load(query_start_loc_ptr + reqs, mask=is_req, other=0)
+    query_end = tl.load(query_start_loc_ptr + reqs + 1, mask=is_req, other=0)
+    query_len = query_end - query_start
+    row_tiles = (query_len + BLOCK_Q - 1) // BLOCK_Q
+    key_tiles = row_tiles * 0 + 1
+    if IS_CUT:
+        num_keys = tl.load(seq_lens_ptr + reqs, mask=is_req, other=0)
+        if SLIDING_WINDOW > 0:
+            in_window = SLIDING_WINDOW + tl.minimum(query_len, BLOCK_Q)
+            num_keys = tl.minimum(num_keys, in_window)
+        key_tiles = tl.maximum((num_keys + BLOCK_N - 1) // BLOCK_N, 1)
+    return row_tiles, key_tiles
+
+
+@triton.jit
+def _share(
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    num_reqs,
+    num_kv_heads,
+    min_share,
+    SLIDING_WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CUT: tl.constexpr,
+):
+    """This program's part of all requests' work, in units of a tile of rows times one of
+    keys: its first unit, the most that a program gets, all units there are, the request of
+    the first, and the units before that request."""
+    lane = tl.arange(0, LANES)
+    total = tl.full((), 0, tl.int32)
+    for first_req in range(0, num_reqs, LANES):
+        row_tiles, key_tiles = _work(
+            query_start_loc_ptr,
+            seq_lens_ptr,
+            first_req + lane,
+            num_reqs,
+            SLIDING_WINDOW,
+            BLOCK_Q,
+            BLOCK_N,
+            IS_CUT,
+        )
+        total += tl.sum(row_tiles * key_tiles, axis=0) * num_kv_heads
+    num_programs = tl.num_programs(0)
+    share = tl.maximum((total + num_programs - 1) // num_programs, min_share)
+    unit = tl.program_id(0) * share
+
+    req = tl.full((), 0, tl.int32)
+    before = tl.full((), 0, tl.int32)
+    passed = tl.full((), 0, tl.int32)
+    for first_req in range(0, num_reqs, LANES):
+        row_tiles, key_tiles = _work(
+            query_start_loc_ptr,
+            seq_lens_ptr,
+            first_req + lane,
+            num_reqs,
+            SLIDING_WINDOW,
+            BLOCK_Q,
+            BLOCK_N,
+            IS_CUT,
+        )
+        units = row_tiles * key_tiles * num_kv_heads
+        behind = passed + tl.cumsum(units, axis=0)
+        is_before = (behind <= unit) & (first_req + lane < num_reqs)
+        req += tl.sum(is_before.to(tl.int32), axis=0)
+        before = tl.maximum(before, tl.max(tl.where(is_before, behind, 0), axis=0))
+        passed += tl.sum(units, axis=0)
+    return unit, share, total, req, before
+
+
+@triton.jit
+def _blocks(block_table_ptr, key, is_wanted, BLOCK_SIZE: tl.constexpr):
+    return tl.load(block_table_ptr + key // BLOCK_SIZE, mask=is_wanted, other=0)
 
 
 @triton.jit
 def _load_tile(
     cache_ptrs, block, slot, stride_block, stride_slot, in_tile, DTYPE: tl.constexpr
 ):
-    row = block * stride_block + slot * stride_slot
+    row = block.to(tl.int64) * stride_block + slot * stride_slot
     return tl.load(cache_ptrs + row[:, None], mask=in_tile, other=0.0).to(DTYPE)
 
 
@@ -65,24 +145,16 @@ def _online_softmax(scores, values, peak, total, weighted):
 
 
 @triton.jit
-def _add_sink(sinks_ptr, head, peak, total):
+def _add_sink(sinks_ptr, head, peak, total, live):
     """A sink is a key without a value. Returns what the numerator is to shrink by, too."""
-    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+    sink = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32) * LOG2_E
     new_peak = tl.maximum(peak, sink)
     shrink = tl.exp2(peak - new_peak)
     return new_peak, total * shrink + tl.exp2(sink - new_peak), shrink
 
 
-@triton.jit
-def _log_sum(peak, total):
-    """In base e, and minus infinity where nothing was seen."""
-    seen = total > 0
-    log_sum = peak + tl.log2(tl.where(seen, total, 1.0))
-    return tl.where(seen, log_sum / LOG2_E, float("-inf"))
-
-
 # More than 20 arguments only by strides: query, caches and output are all views.
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs", "num_kv_heads", "min_share"])
 def _tree_attention_kernel(
     query_ptr,
     query_stride_token,
@@ -98,15 +170,11 @@ def _tree_attention_kernel(
     output_ptr,
     output_stride_token,
     output_stride_head,
-    log_sums_ptr,  # None: not asked for
-    log_sums_stride_token,
-    log_sums_stride_head,
     sinks_ptr,  # None: the layer has none
     key_scale_ptr,  # None: the caches are not quantized
     value_scale_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
-    first_keys_ptr,  # None: from the first
     block_table_ptr,
     block_table_stride,
     num_nodes_ptr,
@@ -115,10 +183,13 @@ def _tree_attention_kernel(
     masks_ptr,
     masks_stride_req,
     masks_stride_node,
-    weighted_ptr,  # None: the context is not split
+    weighted_ptr,  # None: no tile of rows is cut
     peaks_ptr,
     totals_ptr,
+    cuts_ptr,
     num_reqs,
+    num_kv_heads,
+    min_share,
     scale,
     GROUP: tl.constexpr,  # query heads per KV head
     HEAD_SIZE: tl.constexpr,
@@ -130,247 +201,336 @@ def _tree_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # A request gets one tile more than it may need: its first tile's number is then
-    # known without a prefix sum over tile counts.
-    tile = tl.program_id(0)
-    req = _find_request(query_start_loc_ptr, tile, num_reqs, BLOCK_Q)
-    query_start = tl.load(query_start_loc_ptr + req)
-    query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
-    first_query = (tile - query_start // BLOCK_Q - req) * BLOCK_Q
-    if first_query >= query_len:
-        return
-
+    program = tl.program_id(0)
+    unit, share, num_units, req, before = _share(
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        num_reqs,
+        num_kv_heads,
+        min_share,
+        SLIDING_WINDOW,
+        BLOCK_Q,
+        BLOCK_N,
+        weighted_ptr is not None,
+    )
+    end = tl.minimum(unit + share, num_units)
+    # The tile that this program begins and others go on with, if any.
+    num_pieces = tl.full((), 0, tl.int32)
+    cut_token = tl.full((), 0, tl.int32)
+    cut_rows = tl.full((), 0, tl.int32)
+    cut_head = tl.full((), 0, tl.int32)
     if key_scale_ptr is not None:
         scale *= tl.load(key_scale_ptr)
-    kv_head = tl.program_id(1).to(tl.int64)
-    req = req.to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + req)
-    num_nodes = tl.load(num_nodes_ptr + req)
-    num_context = seq_len - query_len
-    root = seq_len - num_nodes  # KV slot index of the tree's root
-
-    # Rows of a tile are the group's heads of query 0, then those of query 1, ...
+    value_scale = 1.0
+    if value_scale_ptr is not None:
+        value_scale = tl.load(value_scale_ptr)
     row = tl.arange(0, BLOCK_M)
-    slot = num_context + first_query + row // GROUP
-    live = (row < BLOCK_Q * GROUP) & (slot < seq_len)
-    head = kv_head * GROUP + row % GROUP
-    token = (query_start + first_query + row // GROUP).to(tl.int64)
     dim = tl.arange(0, HEAD_SIZE_PADDED)
     in_head = dim < HEAD_SIZE
-    in_query = live[:, None] & in_head[None, :]
-    query_offset = token * query_stride_token + head * query_stride_head
-    query = tl.load(
-        query_ptr + query_offset[:, None] + dim[None, :], mask=in_query, other=0.0
-    )
 
-    # The root is an ordinary causal row, so a tree of one node needs no mask.
-    in_tree = live & (slot > root)
-    depths_ptr += req * depths_stride
-    masks_row_ptr = masks_ptr + req * masks_stride_req
-    masks_row_ptr += (slot - root).to(tl.int64) * masks_stride_node
-    block_table_ptr += req * block_table_stride
-    key_ptrs = key_ptr + kv_head * key_stride_head + dim[None, :]
-    value_ptrs = value_ptr + kv_head * value_stride_head + dim[None, :]
-
-    # Parents precede children, so no row of the tile sees past the last row's slot.
-    last = tl.minimum(num_context + first_query + BLOCK_Q, seq_len)
-    # Every row sees all keys before the first row and before the root.
-    unmasked = tl.minimum(num_context + first_query + 1, root)
-    first = 0
-    if first_keys_ptr is not None:
-        first = tl.load(first_keys_ptr + req)
-    if SLIDING_WINDOW > 0:
-        depth = tl.load(depths_ptr + slot - root, mask=in_tree, other=0)
-        position = tl.where(in_tree, root + depth, slot)
-        # A key's position is at most its slot: what lies before `first` is out of
-        # every row's window, and its block may already belong to somebody else.
-        nearest = tl.min(tl.where(live, position, seq_len), axis=0)
-        first = tl.maximum(first, nearest - SLIDING_WINDOW + 1)
-
-    unmasked_start = first // BLOCK_N * BLOCK_N
-    unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
-    # The rest in tiles of one mask word per row, aligned to the root. The first may
-    # begin among keys already seen.
-    masked_start = tl.maximum(first, unmasked_end)
-    num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
-    word_start = root - num_words * WORD_BITS
-    word_end = last
-    if weighted_ptr is not None:
-        # Every segment has an equal share of all tiles, the masked ones last.
-        num_unmasked = (unmasked_end - unmasked_start) // BLOCK_N
-        num_masked = (tl.maximum(last - word_start, 0) + WORD_BITS - 1) >> WORD_SHIFT
-        num_segments = tl.num_programs(2)
-        share = (num_unmasked + num_masked + num_segments - 1) // num_segments
-        share_start = share * tl.program_id(2)
-        share_end = tl.minimum(share_start + share, num_unmasked + num_masked)
-        unmasked_end = unmasked_start + tl.minimum(share_end, num_unmasked) * BLOCK_N
-        unmasked_start += share_start * BLOCK_N
-        word_end = word_start + (share_end - num_unmasked) * WORD_BITS
-        word_start += tl.maximum(share_start - num_unmasked, 0) * WORD_BITS
-
-    peak = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
-
-    for start in range(unmasked_start, unmasked_end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        loaded = key >= first
-        block = tl.load(block_table_ptr + key // BLOCK_SIZE, mask=loaded, other=0)
-        block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
-        in_tile = loaded[:, None] & in_head[None, :]
-        keys = _load_tile(
-            key_ptrs,
-            block,
-            key_slot,
-            key_stride_block,
-            key_stride_slot,
-            in_tile,
-            query.dtype,
+    while unit < end:
+        row_tiles, key_tiles = _work(
+            query_start_loc_ptr,
+            seq_lens_ptr,
+            req,
+            num_reqs,
+            SLIDING_WINDOW,
+            BLOCK_Q,
+            BLOCK_N,
+            weighted_ptr is not None,
         )
-        values = _load_tile(
-            value_ptrs,
-            block,
-            key_slot,
-            value_stride_block,
-            value_stride_slot,
-            in_tile,
-            query.dtype,
-        )
-        scores = _scores(query, keys, scale, SOFT_CAP)
-        if first_keys_ptr is not None:
-            scores = tl.where(loaded[None, :], scores, float("-inf"))
-        if SLIDING_WINDOW > 0:
-            near = position[:, None] - key[None, :] < SLIDING_WINDOW
-            scores = tl.where(near, scores, float("-inf"))
-        peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
-
-    for start in range(word_start, word_end, WORD_BITS):
-        bit = tl.arange(0, WORD_BITS)
-        key = start + bit
-        loaded = (key >= masked_start) & (key < last)
-        block = tl.load(block_table_ptr + key // BLOCK_SIZE, mask=loaded, other=0)
-        block, key_slot = block.to(tl.int64), key % BLOCK_SIZE
-        in_tile = loaded[:, None] & in_head[None, :]
-        keys = _load_tile(
-            key_ptrs,
-            block,
-            key_slot,
-            key_stride_block,
-            key_stride_slot,
-            in_tile,
-            query.dtype,
-        )
-        values = _load_tile(
-            value_ptrs,
-            block,
-            key_slot,
-            value_stride_block,
-            value_stride_slot,
-            in_tile,
-            query.dtype,
-        )
-        # No row has a mask word before the root: all of those keys are seen.
-        masked_above = tl.where(start < root, seq_len, root)
-        words = tl.load(
-            masks_row_ptr + ((start - root) >> WORD_SHIFT),
-            mask=live & (slot > masked_above),
-            other=-1,
-        )
-        scores = _scores(query, keys, scale, SOFT_CAP)
-        # Ancestors precede their descendants: the causal test holds in the tree too.
-        visible = loaded[None, :] & (key[None, :] <= slot[:, None])
-        visible &= ((words[:, None] >> bit[None, :]) & 1) != 0
-        if SLIDING_WINDOW > 0:
-            key_depth = tl.load(
-                depths_ptr + key - root, mask=loaded & (key > root), other=0
+        while unit >= before + row_tiles * key_tiles * num_kv_heads:
+            before += row_tiles * key_tiles * num_kv_heads
+            req += 1
+            row_tiles, key_tiles = _work(
+                query_start_loc_ptr,
+                seq_lens_ptr,
+                req,
+                num_reqs,
+                SLIDING_WINDOW,
+                BLOCK_Q,
+                BLOCK_N,
+                weighted_ptr is not None,
             )
-            key_position = tl.where(key > root, root + key_depth, key)
-            near = position[:, None] - key_position[None, :] < SLIDING_WINDOW
-            visible &= near
-        scores = tl.where(visible, scores, float("-inf"))
-        peak, total, weighted = _online_softmax(scores, values, peak, total, weighted)
+        tile_start = before + (unit - before) // key_tiles * key_tiles
+        part_start = unit - tile_start
+        part_end = tl.minimum(end - tile_start, key_tiles)
+        tile = (tile_start - before) // key_tiles
+        kv_head = (tile // row_tiles).to(tl.int64)
+        # Late tiles of a prompt see more keys than early ones: both in turn.
+        tile = tile % row_tiles
+        tile = tl.where(tile % 2 == 0, tile // 2, row_tiles - 1 - tile // 2)
+        query_start = tl.load(query_start_loc_ptr + req)
+        query_len = tl.load(query_start_loc_ptr + req + 1) - query_start
+        first_query = tile * BLOCK_Q
+        seq_len = tl.load(seq_lens_ptr + req)
+        num_nodes = tl.load(num_nodes_ptr + req)
+        num_context = seq_len - query_len
+        root = seq_len - num_nodes  # KV slot index of the tree's root
 
-    if value_scale_ptr is not None:
-        weighted *= tl.load(value_scale_ptr)
+        # Rows of a tile are the group's heads of query 0, then those of query 1, ...
+        slot = num_context + first_query + row // GROUP
+        live = (row < BLOCK_Q * GROUP) & (slot < seq_len)
+        head = kv_head * GROUP + row % GROUP
+        token = (query_start + first_query + row // GROUP).to(tl.int64)
+        in_query = live[:, None] & in_head[None, :]
+        query_offset = token * query_stride_token + head * query_stride_head
+        query = tl.load(
+            query_ptr + query_offset[:, None] + dim[None, :], mask=in_query, other=0.0
+        )
+
+        # The root is an ordinary causal row, so a tree of one node needs no mask.
+        in_tree = live & (slot > root)
+        row_req = tl.cast(req, tl.int64)
+        depths_row_ptr = depths_ptr + row_req * depths_stride
+        masks_row_ptr = masks_ptr + row_req * masks_stride_req
+        masks_row_ptr += (slot - root).to(tl.int64) * masks_stride_node
+        table_row_ptr = block_table_ptr + row_req * block_table_stride
+        key_ptrs = key_ptr + kv_head * key_stride_head + dim[None, :]
+        value_ptrs = value_ptr + kv_head * value_stride_head + dim[None, :]
+
+        # Parents precede children, so no row of the tile sees past the last row's slot.
+        last = tl.minimum(num_context + first_query + BLOCK_Q, seq_len)
+        # Every row sees all keys before the first row and before the root.
+        unmasked = tl.minimum(num_context + first_query + 1, root)
+        first = tl.full((), 0, tl.int32)
+        if SLIDING_WINDOW > 0:
+            depth = tl.load(depths_row_ptr + slot - root, mask=in_tree, other=0)
+            position = tl.where(in_tree, root + depth, slot)
+            # A key's position is at most its slot: what lies before `first` is out of
+            # every row's window, and its block may already belong to somebody else.
+            nearest = tl.min(tl.where(live, position, seq_len), axis=0)
+            first = tl.maximum(first, nearest - SLIDING_WINDOW + 1)
+
+        unmasked_start = first // BLOCK_N * BLOCK_N
+        unmasked_end = tl.maximum(unmasked // BLOCK_N * BLOCK_N, unmasked_start)
+        # The rest in tiles of one mask word per row, aligned to the root. The first may
+        # begin among keys already seen.
+        masked_start = tl.maximum(first, unmasked_end)
+        num_words = (root - masked_start + WORD_BITS - 1) >> WORD_SHIFT
+        word_start = root - num_words * WORD_BITS
+        word_end = last
+        if weighted_ptr is not None:
+            # This program's part of the steps, the masked ones last.
+            num_unmasked = (unmasked_end - unmasked_start) // BLOCK_N
+            num_masked = (
+                tl.maximum(last - word_start, 0) + WORD_BITS - 1
+            ) >> WORD_SHIFT
+            num_steps = (num_unmasked + num_masked).to(tl.int64)
+            step = (num_steps * part_start // key_tiles).to(tl.int32)
+            step_end = (num_steps * part_end // key_tiles).to(tl.int32)
+            unmasked_end = unmasked_start + tl.minimum(step_end, num_unmasked) * BLOCK_N
+            unmasked_start += step * BLOCK_N
+            word_end = word_start + (step_end - num_unmasked) * WORD_BITS
+            word_start += tl.maximum(step - num_unmasked, 0) * WORD_BITS
+
+        peak = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        weighted = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
+
+        # The blocks of the next tile are known while this one is at work: else a stage
+        # of the pipeline goes to looking them up, and keys are not there in time.
+        key = unmasked_start + tl.arange(0, BLOCK_N)
+        next_block = _blocks(
+            table_row_ptr, key, (key >= first) & (key < unmasked_end), BLOCK_SIZE
+        )
+        for start in range(unmasked_start, unmasked_end, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            loaded = key >= first
+            block, next_key = next_block, key + BLOCK_N
+            next_block = _blocks(
+                table_row_ptr,
+                next_key,
+                (next_key >= first) & (next_key < unmasked_end),
+                BLOCK_SIZE,
+            )
+            in_tile = loaded[:, None] & in_head[None, :]
+            keys = _load_tile(
+                key_ptrs,
+                block,
+                key % BLOCK_SIZE,
+                key_stride_block,
+                key_stride_slot,
+                in_tile,
+                query.dtype,
+            )
+            values = _load_tile(
+                value_ptrs,
+                block,
+                key % BLOCK_SIZE,
+                value_stride_block,
+                value_stride_slot,
+                in_tile,
+                query.dtype,
+            )
+            scores = _scores(query, keys, scale, SOFT_CAP)
+            if SLIDING_WINDOW > 0:
+                near = position[:, None] - key[None, :] < SLIDING_WINDOW
+                scores = tl.where(near, scores, float("-inf"))
+            peak, total, weighted = _online_softmax(
+                scores, values, peak, total, weighted
+            )
+
+        bit = tl.arange(0, WORD_BITS)
+        key = word_start + bit
+        next_block = _blocks(
+            table_row_ptr,
+            key,
+            (key >= masked_start) & (key < tl.minimum(last, word_end)),
+            BLOCK_SIZE,
+        )
+        for start in range(word_start, word_end, WORD_BITS):
+            key = start + bit
+            loaded = (key >= masked_start) & (key < last)
+            block, next_key = next_block, key + WORD_BITS
+            next_block = _blocks(
+                table_row_ptr,
+                next_key,
+                (next_key >= masked_start) & (next_key < tl.minimum(last, word_end)),
+                BLOCK_SIZE,
+            )
+            in_tile = loaded[:, None] & in_head[None, :]
+            keys = _load_tile(
+                key_ptrs,
+                block,
+                key % BLOCK_SIZE,
+                key_stride_block,
+                key_stride_slot,
+                in_tile,
+                query.dtype,
+            )
+            values = _load_tile(
+                value_ptrs,
+                block,
+                key % BLOCK_SIZE,
+                value_stride_block,
+                value_stride_slot,
+                in_tile,
+                query.dtype,
+            )
+            # No row has a mask word before the root: all of those keys are seen.
+            masked_above = tl.where(start < root, seq_len, root)
+            words = tl.load(
+                masks_row_ptr + ((start - root) >> WORD_SHIFT),
+                mask=live & (slot > masked_above),
+                other=-1,
+            )
+            scores = _scores(query, keys, scale, SOFT_CAP)
+            # Ancestors precede their descendants: the causal test holds in the tree too.
+            visible = loaded[None, :] & (key[None, :] <= slot[:, None])
+            visible &= ((words[:, None] >> bit[None, :]) & 1) != 0
+            if SLIDING_WINDOW > 0:
+                key_depth = tl.load(
+                    depths_row_ptr + key - root, mask=loaded & (key > root), other=0
+                )
+                key_position = tl.where(key > root, root + key_depth, key)
+                near = position[:, None] - key_position[None, :] < SLIDING_WINDOW
+                visible &= near
+            scores = tl.where(visible, scores, float("-inf"))
+            peak, total, weighted = _online_softmax(
+                scores, values, peak, total, weighted
+            )
+
+        weighted *= value_scale
+        is_whole = (part_start == 0) & (part_end == key_tiles)
+        if is_whole:
+            if sinks_ptr is not None:
+                peak, total, shrink = _add_sink(sinks_ptr, head, peak, total, live)
+                weighted *= shrink[:, None]
+            # A row that saw nothing gives zeros.
+            output = weighted / tl.where(total > 0, total, 1.0)[:, None]
+            output_offset = token * output_stride_token + head * output_stride_head
+            tl.store(
+                output_ptr + output_offset[:, None] + dim[None, :],
+                output.to(output_ptr.dtype.element_ty),
+                mask=in_query,
+            )
+        elif weighted_ptr is not None:
+            begins = part_start == 0
+            partial = (2 * program + begins.to(tl.int32)) * BLOCK_M + row
+            tl.store(peaks_ptr + partial, peak, mask=live)
+            tl.store(totals_ptr + partial, total, mask=live)
+            tl.store(
+                weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
+                weighted,
+                mask=(live & (total > 0))[:, None],
+            )
+            if begins:
+                num_pieces = (tile_start + key_tiles - 1) // share - program + 1
+                cut_token = query_start + first_query
+                cut_rows = tl.minimum(query_len - first_query, BLOCK_Q) * GROUP
+                cut_head = (kv_head * GROUP).to(tl.int32)
+        unit = tile_start + part_end
+
     if weighted_ptr is not None:
-        num_heads = tl.num_programs(1) * GROUP
-        partial = (token * num_heads + head) * tl.num_programs(2) + tl.program_id(2)
-        tl.store(peaks_ptr + partial, peak, mask=live)
-        tl.store(totals_ptr + partial, total, mask=live)
-        tl.store(
-            weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
-            weighted,
-            mask=in_query & (total > 0)[:, None],
-        )
-    else:
-        if sinks_ptr is not None:
-            peak, total, shrink = _add_sink(sinks_ptr, head, peak, total)
-            weighted *= shrink[:, None]
-        if log_sums_ptr is not None:
-            log_sums_offset = token * log_sums_stride_token
-            log_sums_offset += head * log_sums_stride_head
-            tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total), mask=live)
-        # A row that saw nothing gives zeros.
-        output = weighted / tl.where(total > 0, total, 1.0)[:, None]
-        output_offset = token * output_stride_token + head * output_stride_head
-        tl.store(
-            output_ptr + output_offset[:, None] + dim[None, :],
-            output.to(output_ptr.dtype.element_ty),
-            mask=in_query,
-        )
+        cuts_ptr += program * CUT_WORDS
+        tl.store(cuts_ptr, num_pieces)
+        tl.store(cuts_ptr + 1, cut_token)
+        tl.store(cuts_ptr + 2, cut_rows)
+        tl.store(cuts_ptr + 3, cut_head)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_segments"])
-def _merge_segments_kernel(
+@triton.jit
+def _merge_pieces_kernel(
     weighted_ptr,
     peaks_ptr,
     totals_ptr,
+    cuts_ptr,
     output_ptr,
     output_stride_token,
     output_stride_head,
-    log_sums_ptr,
-    log_sums_stride_token,
-    log_sums_stride_head,
     sinks_ptr,
-    query_start_loc_ptr,
-    num_reqs,
-    num_segments,
+    GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
-    SEGMENTS_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
 ):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if token >= tl.load(query_start_loc_ptr + num_reqs):
-        return  # padding, whose scratch is stale
-    segment = tl.arange(0, SEGMENTS_PADDED)
-    in_segments = segment < num_segments
-    partial = (token * tl.num_programs(1) + head) * num_segments + segment
-    peaks = tl.load(peaks_ptr + partial, mask=in_segments, other=NO_SCORE)
-    totals = tl.load(totals_ptr + partial, mask=in_segments, other=0.0)
+    program = tl.program_id(0)
+    cuts_ptr += program * CUT_WORDS
+    num_pieces = tl.load(cuts_ptr)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < tl.load(cuts_ptr + 2)
     dim = tl.arange(0, HEAD_SIZE_PADDED)
-    in_head = dim < HEAD_SIZE
-    weighted = tl.load(
-        weighted_ptr + partial[:, None] * HEAD_SIZE_PADDED + dim[None, :],
-        # A segment without keys wrote no numerator.
-        mask=(totals > 0)[:, None] & in_head[None, :],
-        other=0.0,
-    )
-    peak = tl.max(peaks, axis=0)
-    shrink = tl.exp2(peaks - peak)
-    total = tl.sum(totals * shrink, axis=0)
-    output = tl.sum(weighted * shrink[:, None], axis=0)
+    peak = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    weighted = tl.zeros([BLOCK_ROWS, HEAD_SIZE_PADDED], tl.float32)
+    for first_piece in range(0, num_pieces, BLOCK_PIECES):
+        piece = first_piece + tl.arange(0, BLOCK_PIECES)
+        # Of its two results a program's second begins a tile, its first goes on with one.
+        partial = 2 * (program + piece) + (piece == 0).to(tl.int32)
+        partial = partial[:, None] * BLOCK_M + row[None, :]
+        is_piece = (piece < num_pieces)[:, None] & live[None, :]
+        peaks = tl.load(peaks_ptr + partial, mask=is_piece, other=NO_SCORE)
+        totals = tl.load(totals_ptr + partial, mask=is_piece, other=0.0)
+        parts = tl.load(
+            weighted_ptr + partial[:, :, None] * HEAD_SIZE_PADDED + dim[None, None, :],
+            # A piece without keys wrote no numerator.
+            mask=(totals > 0)[:, :, None] & (dim < HEAD_SIZE)[None, None, :],
+            other=0.0,
+        )
+        new_peak = tl.maximum(peak, tl.max(peaks, axis=0))
+        shrinks = tl.exp2(peaks - new_peak[None, :])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(totals * shrinks, axis=0)
+        weighted = weighted * shrink[:, None] + tl.sum(
+            parts * shrinks[:, :, None], axis=0
+        )
+        peak = new_peak
+    head = tl.load(cuts_ptr + 3) + row % GROUP
     if sinks_ptr is not None:
-        peak, total, shrink_all = _add_sink(sinks_ptr, head, peak, total)
-        output *= shrink_all
-    if log_sums_ptr is not None:
-        log_sums_offset = token * log_sums_stride_token + head * log_sums_stride_head
-        tl.store(log_sums_ptr + log_sums_offset, _log_sum(peak, total))
+        peak, total, shrink = _add_sink(sinks_ptr, head, peak, total, live)
+        weighted *= shrink[:, None]
     # A row that saw nothing gives zeros.
-    output /= tl.where(total > 0, total, 1.0)
+    output = weighted / tl.where(total > 0, total, 1.0)[:, None]
+    token = (tl.load(cuts_ptr + 1) + row // GROUP).to(tl.int64)
+    output_offset = token * output_stride_token + head * output_stride_head
+    is_cut = live & (num_pieces > 0)
     tl.store(
-        output_ptr + token * output_stride_token + head * output_stride_head + dim,
+        output_ptr + output_offset[:, None] + dim[None, :],
         output.to(output_ptr.dtype.element_ty),
-        mask=in_head,
+        mask=is_cut[:, None] & (dim < HEAD_SIZE)[None, :],
     )
 
 
@@ -393,9 +553,6 @@ def tree_attention(
     sinks: torch.Tensor | None = None,  # [num_heads], logits of keys without values
     key_scale: torch.Tensor | None = None,  # [1] or [] f32; None: not quantized
     value_scale: torch.Tensor | None = None,
-    log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32, written
-    first_keys: torch.Tensor
-    | None = None,  # [>= num_reqs] int32, earlier ones are unseen
     split: SplitBuffers | None = None,
     tiles: TileSizes | None = None,  # else those of the table
 ) -> None:
@@ -410,16 +567,15 @@ def tree_attention(
     ``num_nodes - query_len + r``, and the nodes before it are in the cache already. So a
     tree may grow a few nodes at a time, each seeing what it would see in one go.
 
-    Quantized caches hold keys and values divided by their scales. ``log_sums`` gets the
-    logarithm of each row's softmax denominator, sink included, by which outputs over
-    different keys are merged; ``first_keys`` leaves keys out that are attended elsewhere.
+    Quantized caches hold keys and values divided by their scales.
 
-    Where the rows are too few to fill the device, the keys are split among programs as
-    far as the buffers of ``split`` go, and merged afterwards.
+    With the buffers of ``split`` the work of all requests is divided evenly among as many
+    programs as the device runs at once, on the device, however long each request is; what
+    is cut is merged afterwards. Without them a program has all keys of a tile of rows.
     """
     _check_shapes(query, key_cache, value_cache, output, depths, masks)
     _check_scales(key_cache.dtype, value_cache.dtype, key_scale, value_scale)
-    _check_heads(query, sinks, log_sums)
+    _check_sinks(query, sinks)
     _check_numbers(sliding_window, soft_cap)
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
@@ -430,23 +586,15 @@ def tree_attention(
     tiles = tiles or tile_sizes(
         max_query_len, group, head_size, query.dtype, key_cache.dtype, query.device
     )
-    num_segments = 1
-    partials: tuple[torch.Tensor | None, ...] = (None, None, None)
+    partials: tuple[torch.Tensor | None, ...] = (None, None, None, None)
+    # Requests have at most one tile more than full ones would make.
+    num_programs = (num_tokens // tiles.block_q + num_reqs) * num_kv_heads
+    min_share = 1
     if split is not None:
-        num_segments = split.num_segments(
-            tiles,
-            num_tokens=num_tokens,
-            num_reqs=num_reqs,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            max_query_len=max_query_len,
-            max_num_keys=block_table.shape[1] * block_size,
-        )
-        if num_segments > 1:
-            partials = (split.weighted, split.peaks, split.totals)
-    log_sums_strides = (0, 0) if log_sums is None else log_sums.stride()
-    num_tiles = num_tokens // tiles.block_q + num_reqs
-    _tree_attention_kernel[(num_tiles, num_kv_heads, num_segments)](
+        partials = (split.weighted, split.peaks, split.totals, split.cuts)
+        num_programs = split.num_programs(tiles)
+        min_share = max(split.min_keys // tiles.block_n, 1)
+    _tree_attention_kernel[(num_programs,)](
         query,
         *query.stride()[:2],
         key_cache,
@@ -455,14 +603,11 @@ def tree_attention(
         *value_cache.stride()[:3],
         output,
         *output.stride()[:2],
-        log_sums,
-        *log_sums_strides,
         sinks,
         key_scale,
         value_scale,
         query_start_loc,
         seq_lens,
-        first_keys,
         block_table,
         block_table.stride(0),
         num_nodes,
@@ -472,6 +617,8 @@ def tree_attention(
         *masks.stride()[:2],
         *partials,
         num_reqs,
+        num_kv_heads,
+        min_share,
         scale * LOG2_E.value,
         GROUP=group,
         HEAD_SIZE=head_size,
@@ -485,20 +632,19 @@ def tree_attention(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    if num_segments > 1:
-        _merge_segments_kernel[(num_tokens, num_heads)](
+    # The last program leaves nothing to others.
+    if split is not None and num_programs > 1:
+        _merge_pieces_kernel[(num_programs - 1, tiles.block_m // MERGED_ROWS)](
             *partials,
             output,
             *output.stride()[:2],
-            log_sums,
-            *log_sums_strides,
             sinks,
-            query_start_loc,
-            num_reqs,
-            num_segments,
+            GROUP=group,
             HEAD_SIZE=head_size,
             HEAD_SIZE_PADDED=tiles.head_size_padded,
-            SEGMENTS_PADDED=triton.next_power_of_2(num_segments),
+            BLOCK_M=tiles.block_m,
+            BLOCK_ROWS=MERGED_ROWS,
+            BLOCK_PIECES=MERGED_PIECES,
         )
 
 
@@ -573,17 +719,11 @@ def _check_scales(
         raise ValueError("key_scale and value_scale must have one element each")
 
 
-def _check_heads(
-    query: torch.Tensor, sinks: torch.Tensor | None, log_sums: torch.Tensor | None
-) -> None:
+def _check_sinks(query: torch.Tensor, sinks: torch.Tensor | None) -> None:
     if sinks is not None and sinks.shape != query.shape[1:2]:
         raise ValueError(
             f"sinks are {tuple(sinks.shape)}: need one for each of "
             f"{query.shape[1]} query heads"
-        )
-    if log_sums is not None and log_sums.shape != query.shape[:2]:
-        raise ValueError(
-            f"log_sums are {tuple(log_sums.shape)}, need {tuple(query.shape[:2])}"
         )
 
 

@@ -21,7 +21,7 @@ from vllm_treespec.kernels.residuals import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def _walk_traversal_kernel(
     slots_ptr,
     cu_num_logits_ptr,

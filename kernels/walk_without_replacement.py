@@ -20,7 +20,7 @@ from vllm_treespec.kernels.residuals import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs"])
 def _walk_down_kernel(
     slots_ptr,
     cu_num_logits_ptr,

@@ -26,14 +26,11 @@ def tree_attention(
     sinks: torch.Tensor | None = None,  # [num_heads]
     key_scale: torch.Tensor | None = None,  # [1] or [] f32
     value_scale: torch.Tensor | None = None,
-    log_sums: torch.Tensor | None = None,  # [num_tokens, num_heads] f32
-    first_keys: torch.Tensor | None = None,  # [>= num_reqs] int32
     split: SplitBuffers | None = None,
     tiles: TileSizes | None = None,
 ) -> None:
     starts = query_start_loc.tolist()
     trees = num_nodes.tolist()
-    firsts = [0] * len(starts) if first_keys is None else first_keys.tolist()
     for req, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[req], starts[req + 1])
         query_len = rows.stop - rows.start
@@ -45,12 +42,11 @@ def tree_attention(
         if sliding_window is not None:
             distances = positions[-query_len:, None] - positions[None, :]
             visible &= distances < sliding_window
-        visible[:, : firsts[req]] = False
         # Blocks that left the window may hold anything, even NaN.
         keys = torch.arange(
             int(visible.any(0).int().argmax()), seq_len, device=query.device
         )
-        output[rows], row_log_sums = _attend(
+        output[rows] = _attend(
             query[rows],
             _gather(key_cache, block_table[req], keys, key_scale),
             _gather(value_cache, block_table[req], keys, value_scale),
@@ -59,8 +55,6 @@ def tree_attention(
             soft_cap,
             sinks,
         )
-        if log_sums is not None:
-            log_sums[rows] = row_log_sums
 
 
 def _positions(
@@ -112,8 +106,7 @@ def _attend(
     scale: float,
     soft_cap: float | None,
     sinks: torch.Tensor | None,  # [num_heads]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[query_len, num_heads, head_size], and [query_len, num_heads] f32."""
+) -> torch.Tensor:  # [query_len, num_heads, head_size]
     num_keys, num_kv_heads, head_size = keys.shape
     grouped = query.float().reshape(len(query), num_kv_heads, -1, head_size)
     scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
@@ -126,5 +119,4 @@ def _attend(
     # A row that sees nothing gives zeros, not the NaN of an empty softmax.
     weights = scores.softmax(-1)[..., :num_keys].masked_fill(~visible, 0.0)
     attended = torch.einsum("hgqk,khd->qhgd", weights, values)
-    log_sums = scores.logsumexp(-1).permute(2, 0, 1)
-    return attended.flatten(1, 2).to(query.dtype), log_sums.flatten(1)
+    return attended.flatten(1, 2).to(query.dtype)

@@ -9,7 +9,6 @@ from vllm_treespec.integration import speculator as speculator_module
 from vllm_treespec.integration.attention import TreeForward
 from vllm_treespec.integration.flash_attention import FlashAttention
 from vllm_treespec.integration.model_state import TreeModelState
-from vllm_treespec.kernels.attention_plan import Region
 from vllm_treespec.testing.flash_attention import flash_attn_varlen_func
 from vllm_treespec.testing.no_sync import NoSync
 
@@ -17,28 +16,21 @@ from vllm_treespec.testing.no_sync import NoSync
 class Asked:
     """Puts a stand-in for FlashAttention into engines, and sees what it is asked."""
 
-    def __init__(self, monkeypatch, regions=(), function=flash_attn_varlen_func):
+    def __init__(self, monkeypatch, function=flash_attn_varlen_func):
         self.batches = []  # query lengths of each layer whose tail was served
-        self.num_contexts = 0  # layers whose earlier keys were attended apart
         self.before = []  # per step, requests before the tail; None: no tail
         asked = self
 
         def attend(**arguments):
-            if arguments["causal"]:
-                asked.batches.append(arguments["cu_seqlens_q"].diff().tolist())
-            else:
-                asked.num_contexts += 1
+            asked.batches.append(arguments["cu_seqlens_q"].diff().tolist())
             return function(**arguments)
 
         def find(vllm_config, device):
             return FlashAttention(
                 attend,
                 lambda heads: 3,
-                lambda head_size: list(regions),
                 dtype=torch.float32,
                 block_size=16,
-                max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
-                max_num_keys=vllm_config.model_config.max_model_len,
                 device=device,
             )
 
@@ -56,28 +48,24 @@ class Asked:
     def forget(self):
         self.batches.clear()
         self.before.clear()
-        self.num_contexts = 0
 
 
-ALL = Region(min_rows=2, max_rows=1 << 20, min_keys=0)
 # Prompts come in chunks, while others decode.
 CHUNKS = {"max_num_batched_tokens": 48, "max_num_seqs": 3}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kernels", "regions"),
+    ("architecture", "kernels"),
     [
-        ("llama", "torch", []),
-        ("gemma2", "torch", []),
-        ("gemma2", "torch", [ALL]),
-        ("granite-sinks", "torch", [ALL]),
-        ("llama", "triton", [ALL]),
+        ("llama", "torch"),
+        ("gemma2", "torch"),
+        ("granite-sinks", "torch"),
+        ("llama", "triton"),
     ],
 )
 def test_prompts_beside_trees_keep_their_tokens(
     architecture,
     kernels,
-    regions,
     model_path,
     prompts,
     start,
@@ -87,7 +75,7 @@ def test_prompts_beside_trees_keep_their_tokens(
     model, batch = model_path(architecture), prompts(5, longest=60)
     max_tokens = 20 if kernels == "torch" else 6
     plain = plain_greedy(model, batch, max_tokens, **CHUNKS)
-    asked = Asked(monkeypatch, regions)
+    asked = Asked(monkeypatch)
     engine = start(
         model,
         truths=[p + o for p, o in zip(batch, plain, strict=True)],
@@ -101,7 +89,6 @@ def test_prompts_beside_trees_keep_their_tokens(
     assert sum(map(sum, asked.batches)) >= sum(map(len, batch)) * num_layers
     assert None in asked.before and 0 in asked.before and any(asked.before)
     assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
-    assert (asked.num_contexts > 0) == bool(regions)
 
 
 def test_drafts_by_the_targets_own_layers_do_not_ask(
@@ -121,13 +108,13 @@ def test_drafts_by_the_targets_own_layers_do_not_ask(
     assert not engine.runner.speculator.drafts.faulty
 
 
-def test_neither_asking_nor_merging_waits_for_the_device(
+def test_asking_does_not_wait_for_the_device(
     model_path, prompts, start, plain_greedy, monkeypatch
 ):
     model, batch = model_path("llama"), prompts(5, longest=60)
     plain = plain_greedy(model, batch, 20, **CHUNKS)
     watch, choose = NoSync(), speculator_module.choose_kernels
-    asked = Asked(monkeypatch, [ALL], watch.counted("flash", flash_attn_varlen_func))
+    asked = Asked(monkeypatch, watch.counted("flash", flash_attn_varlen_func))
     monkeypatch.setattr(
         speculator_module, "choose_kernels", lambda *args: watch.wrap(choose(*args))
     )
@@ -148,4 +135,4 @@ def test_neither_asking_nor_merging_waits_for_the_device(
     )
     asked.forget()
     assert engine.greedy(batch, 20) == plain
-    assert min(calls.values()) > 4 and asked.num_contexts > 0 and any(asked.before)
+    assert min(calls.values()) > 4 and asked.batches and any(asked.before)

@@ -1,38 +1,20 @@
-"""How many segments a launch is cut into."""
+"""Tiles of a launch, and how many programs share its work."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_treespec.kernels.attention_plan import (
-    MAX_SEGMENTS,
-    MIN_SEGMENT_KEYS,
     SplitBuffers,
     TileSizes,
     choose_tiles,
     default_tiles,
     table,
+    tile_sizes,
 )
 
-LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8}
-
-
-def split_of(num_sms: int, num_floats: int = 1 << 30) -> SplitBuffers:
-    one = torch.empty(1)
-    weighted = one.expand(num_floats)  # only its size is read
-    return SplitBuffers(num_sms, weighted, one, one)
-
-
-def segments(
-    split: SplitBuffers, num_reqs: int, query_len: int, max_num_keys: int = 1 << 17
-) -> int:
-    return split.num_segments(
-        default_tiles(query_len * 4, 4, 128, 2)._replace(programs_per_sm=2),
-        num_tokens=num_reqs * query_len,
-        num_reqs=num_reqs,
-        max_query_len=query_len,
-        max_num_keys=max_num_keys,
-        **LLAMA_8B,
-    )
+CPU = torch.device("cpu")
 
 
 def of_rows(block_m: int) -> TileSizes:
@@ -69,35 +51,45 @@ def test_the_table_has_tiles_for_every_row_count():
         assert all(tiles.head_size_padded == head_size for tiles in found)
 
 
-def test_segments_fill_the_device_and_no_more():
-    split = split_of(132)
-    # 8 heads, and 3 tiles of 16 queries in a request of 33
-    assert segments(split, 1, 33) == 264 // (3 * 8)
-    assert segments(split, 4, 33) == 264 // (4 * 3 * 8)
-    assert segments(split, 8, 33) == 1
-    assert segments(split, 64, 33) == 1
+def test_as_many_programs_as_run_at_once():
+    split = SplitBuffers.of(132, CPU)
+    assert split.num_programs(of_rows(128)) == 132 * 2
+    assert split.num_programs(of_rows(16)._replace(programs_per_sm=5)) == 132 * 5
 
 
-def test_short_contexts_are_not_split():
-    split = split_of(132)
-    assert segments(split, 1, 33, max_num_keys=MIN_SEGMENT_KEYS) == 1
-    assert segments(split, 1, 33, max_num_keys=3 * MIN_SEGMENT_KEYS) == 3
+@pytest.mark.parametrize("block_m", [16, 64, 128, 256])
+@pytest.mark.parametrize("head_size", [16, 128, 256])
+@pytest.mark.parametrize("programs_per_sm", [1, 4, 50])
+def test_the_scratch_is_never_overrun(
+    block_m: int, head_size: int, programs_per_sm: int
+):
+    split = SplitBuffers.of(3, CPU)
+    tiles = of_rows(block_m)._replace(
+        head_size_padded=head_size, programs_per_sm=programs_per_sm
+    )
+    num_results = 2 * split.num_programs(tiles)
+    assert num_results >= 2
+    assert num_results * block_m * head_size <= split.weighted.numel()
+    assert num_results * block_m <= split.peaks.numel() == split.totals.numel()
+    assert num_results // 2 * 4 <= split.cuts.numel()
 
 
-def test_there_are_never_too_many_to_merge():
-    assert segments(split_of(10000), 1, 1) == MAX_SEGMENTS
+def test_every_tile_of_the_table_runs_as_often_as_it_fits():
+    for tiles in (each for found in table().values() for each in found):
+        split = SplitBuffers.of(1, CPU)
+        assert split.num_programs(tiles) == tiles.programs_per_sm
 
 
-@pytest.mark.parametrize("query_len", [1, 7, 33, 129])
-@pytest.mark.parametrize("num_reqs", [1, 3, 16])
-def test_the_scratch_is_never_overrun(num_reqs: int, query_len: int):
-    split = split_of(132, num_floats=100_000)
-    num_segments = segments(split, num_reqs, query_len)
-    rows = num_reqs * query_len * LLAMA_8B["num_heads"]
-    assert num_segments == 1 or num_segments * rows * 128 <= 100_000
-
-
-def test_buffers_hold_the_peaks_of_the_narrowest_head(device: torch.device):
-    split = SplitBuffers.allocate(device)
-    assert split.peaks.shape == split.totals.shape
-    assert split.peaks.numel() * 16 == split.weighted.numel()
+@pytest.mark.parametrize(
+    ("kib", "programs"), [(100, 1), (228, 2)], ids=["Ada", "Blackwell"]
+)
+def test_a_gpu_without_a_table_is_filled_by_the_default(
+    kib: int, programs: int, monkeypatch: pytest.MonkeyPatch
+):
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 7))
+    tiles = tile_sizes(
+        32, 4, 128, torch.bfloat16, torch.bfloat16, torch.device("cuda", 70 + programs)
+    )
+    assert tiles == default_tiles(128, 4, 128, 2)._replace(programs_per_sm=programs)

@@ -112,27 +112,24 @@ class TreeForward:
         if self._is_quantized:
             kv_cache = kv_cache.view(self.fp8_dtype)
             scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
-        key_cache = kv_cache[..., : self.head_size]
-        value_cache = kv_cache[..., self.head_size :]
+        key_cache, value_cache = kv_cache.split(self.head_size, dim=-1)
         rows, attended, attend = attn_metadata, output, self._attention(attn_metadata)
         trees = getattr(attn_metadata, "trees", None)
-        if self._flash is not None and trees is None:  # a draft brings its own
-            if (tail := self._flash.tail) is not None:
-                self._flash.attend_tail(
-                    self._heads,
-                    query,
-                    key_cache,
-                    value_cache,
-                    output,
-                    rows.seq_lens,
-                    rows.block_table,
-                    self.sinks,
-                )
-                rows = _rows_before(tail, attn_metadata)
-                query = query[: tail.tokens.start]
-                attended = output[: tail.tokens.start]
-            if self._flash.takes_context(self._heads, rows.max_query_len):
-                attend = self._flash.around(self._heads, attend)
+        flash = self._flash if trees is None else None  # a draft brings its own
+        if flash is not None and (tail := flash.tail) is not None:
+            flash.attend_tail(
+                self._heads,
+                query,
+                key_cache,
+                value_cache,
+                output,
+                rows.seq_lens,
+                rows.block_table,
+                self.sinks,
+            )
+            rows = _rows_before(tail, attn_metadata)
+            query = query[: tail.tokens.start]
+            attended = output[: tail.tokens.start]
         batch = trees or self._batch
         attend(
             query,

@@ -33,13 +33,13 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A batch of two requests whose rows are trees."""
+    """A batch of two requests without trees."""
 
     arguments: dict[str, Any]  # of ``tree_attention``, less the output
 
     @property
     def tail(self) -> CausalTail:
-        """Both requests, without their trees."""
+        """Both requests."""
         return CausalTail(
             reqs=slice(0, len(SEQ_LENS)),
             tokens=slice(0, sum(QUERY_LENS)),
@@ -49,14 +49,11 @@ class Trial:
             max_query_len_before=0,
         )
 
-    def agrees(self, attend: Callable[..., None], *, has_trees: bool) -> bool:
-        """Whether ``attend`` writes what the twin does, with or without the trees."""
-        arguments = dict(self.arguments)
-        if not has_trees:
-            arguments["num_nodes"] = torch.zeros_like(arguments["num_nodes"])
-        output, expected = (torch.zeros_like(arguments["query"]) for _ in range(2))
-        twin(**arguments, output=expected)
-        attend(**arguments, output=output)
+    def agrees(self, attend: Callable[..., None]) -> bool:
+        """Whether ``attend`` writes what the twin does."""
+        output, expected = (torch.zeros_like(self.arguments["query"]) for _ in range(2))
+        twin(**self.arguments, output=expected)
+        attend(**self.arguments, output=output)
         return torch.allclose(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -83,10 +80,9 @@ def trials(
         "query_start_loc": integers((0, *QUERY_LENS)).cumsum(0, dtype=torch.int32),
         "seq_lens": integers(SEQ_LENS),
         "block_table": block_table,
-        # A root, and its children in all other rows.
-        "num_nodes": integers(QUERY_LENS),
-        "depths": integers([[min(node, 1) for node in range(longest)]] * 2),
-        "masks": integers([[[1 | 1 << node] for node in range(longest)]] * 2),
+        "num_nodes": integers([0, 0]),
+        "depths": integers([[0], [0]]),
+        "masks": integers([[[0]], [[0]]]),
         "max_query_len": longest,
         "scale": heads.scale,
         "sliding_window": heads.sliding_window,

@@ -10,7 +10,7 @@ def flash_attn_varlen_func(
     k: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_size]
     v: torch.Tensor,  # as k
     *,
-    out: torch.Tensor | None,  # as q
+    out: torch.Tensor,  # as q
     cu_seqlens_q: torch.Tensor,  # [num_reqs + 1] int32
     max_seqlen_q: int,
     seqused_k: torch.Tensor,  # [num_reqs] int32
@@ -22,22 +22,15 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor,  # [num_reqs, max_num_blocks] int32
     fa_version: int,
     s_aux: torch.Tensor | None,  # [num_heads]
-    return_softmax_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention over a paged cache; rows that see nothing get zeros and, as in version 2,
-    a logarithm of plus infinity."""
+) -> torch.Tensor:
+    """Attention over a paged cache."""
     query_lens, num_keys = cu_seqlens_q.diff().tolist(), seqused_k.tolist()
-    assert fa_version in (2, 3), "all that is asked of it"
+    assert fa_version in (2, 3, 4), "all that is asked of it"
     assert len(query_lens) == len(num_keys) == len(block_table)
     assert sum(query_lens) == len(q) and cu_seqlens_q[0] == 0
     assert max_seqlen_q >= max(query_lens) and max_seqlen_k >= max(num_keys)
-    output = torch.zeros_like(q) if out is None else out
-    log_sums = q.new_full(q.shape[1::-1], torch.inf, dtype=torch.float32)
     for req, (query_len, num_seen) in enumerate(zip(query_lens, num_keys, strict=True)):
         rows = slice(int(cu_seqlens_q[req]), int(cu_seqlens_q[req + 1]))
-        if num_seen == 0:
-            output[rows] = 0
-            continue
         keys, values = (
             cache[block_table[req].long()].flatten(0, 1)[:num_seen].float()
             for cache in (k, v)
@@ -55,9 +48,8 @@ def flash_attn_varlen_func(
         if s_aux is not None:
             sinks = s_aux.float()[:, None, None].expand(-1, query_len, 1)
             scores = torch.cat([scores, sinks], dim=2)
-        log_sums[:, rows] = scores.logsumexp(2)
         weights = scores.softmax(2)[..., :num_seen]
         weights = weights.reshape(keys.shape[1], -1, query_len, num_seen)
         attended = torch.einsum("hgqk,khd->qhgd", weights, values)
-        output[rows] = attended.flatten(1, 2).to(q.dtype)
-    return (output, log_sums) if return_softmax_lse else output
+        out[rows] = attended.flatten(1, 2).to(q.dtype)
+    return out

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_treespec.kernels.attention_plan import TileSizes, default_tiles
 from vllm_treespec.kernels.compact_kv import chunk_size
+from vllm_treespec.kernels.tree_attention import MERGED_PIECES, MERGED_ROWS
 
 # A string is a run-time type, anything else the value of a constexpr or an option.
 Arguments = dict[str, Any]
@@ -39,15 +40,11 @@ def attention_of(
         "output_ptr": f"*{dtype}",
         "output_stride_token": "i32",
         "output_stride_head": "i32",
-        "log_sums_ptr": None,
-        "log_sums_stride_token": "i32",
-        "log_sums_stride_head": "i32",
         "sinks_ptr": None,
         "key_scale_ptr": scale,
         "value_scale_ptr": scale,
         "query_start_loc_ptr": "*i32",
         "seq_lens_ptr": "*i32",
-        "first_keys_ptr": None,
         "block_table_ptr": "*i32",
         "block_table_stride": "i32",
         "num_nodes_ptr": "*i32",
@@ -59,7 +56,10 @@ def attention_of(
         "weighted_ptr": None,
         "peaks_ptr": None,
         "totals_ptr": None,
+        "cuts_ptr": None,
         "num_reqs": "i32",
+        "num_kv_heads": "i32",
+        "min_share": "i32",
         "scale": "fp32",
         "GROUP": group,
         "HEAD_SIZE": head_size,
@@ -80,24 +80,26 @@ def quantized(cache: str, dtype: str, **changes: Any) -> Arguments:
     return attention_of(tiles, dtype, 4, 128, cache) | changes
 
 
-SPLIT = {"weighted_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32"}
+SPLIT = {
+    "weighted_ptr": "*fp32",
+    "peaks_ptr": "*fp32",
+    "totals_ptr": "*fp32",
+    "cuts_ptr": "*i32",
+}
 
 
-def merge_segments(dtype: str, head_size: int, segments: int) -> Arguments:
+def merge_pieces(dtype: str, head_size: int, block_m: int) -> Arguments:
     return SPLIT | {
         "output_ptr": f"*{dtype}",
         "output_stride_token": "i32",
         "output_stride_head": "i32",
-        "log_sums_ptr": None,
-        "log_sums_stride_token": "i32",
-        "log_sums_stride_head": "i32",
         "sinks_ptr": None,
-        "query_start_loc_ptr": "*i32",
-        "num_reqs": "i32",
-        "num_segments": "i32",
+        "GROUP": 4,
         "HEAD_SIZE": head_size,
         "HEAD_SIZE_PADDED": head_size,
-        "SEGMENTS_PADDED": segments,
+        "BLOCK_M": block_m,
+        "BLOCK_ROWS": MERGED_ROWS,
+        "BLOCK_PIECES": MERGED_PIECES,
     }
 
 
@@ -607,20 +609,17 @@ SIGNATURES: dict[str, Arguments] = {
         tree_attention("fp16", 2, 256, SLIDING_WINDOW=4096, SOFT_CAP=72.1, **SPLIT)
     ),
     "tree_attention:_tree_attention_kernel bf16 sinks": tree_attention(
-        "bf16", 8, 64, SLIDING_WINDOW=128, sinks_ptr="*bf16", log_sums_ptr="*fp32"
-    ),
-    "tree_attention:_tree_attention_kernel bf16 tree alone": tree_attention(
-        "bf16", 4, 128, first_keys_ptr="*i32", log_sums_ptr="*fp32"
+        "bf16", 8, 64, SLIDING_WINDOW=128, sinks_ptr="*bf16"
     ),
     "tree_attention:_tree_attention_kernel e4m3": quantized("fp8e4nv", "bf16"),
     "tree_attention:_tree_attention_kernel e4m3 split sinks": quantized(
         "fp8e4nv", "fp16", sinks_ptr="*fp16", **SPLIT
     ),
     "tree_attention:_tree_attention_kernel e5m2": quantized("fp8e5", "bf16"),
-    "tree_attention:_merge_segments_kernel sinks": merge_segments("bf16", 64, 8)
-    | {"sinks_ptr": "*bf16", "log_sums_ptr": "*fp32"},
-    "tree_attention:_merge_segments_kernel": merge_segments("bf16", 128, 16),
-    "tree_attention:_merge_segments_kernel most": merge_segments("fp16", 256, 64),
+    "tree_attention:_merge_pieces_kernel sinks": merge_pieces("bf16", 64, 16)
+    | {"sinks_ptr": "*bf16"},
+    "tree_attention:_merge_pieces_kernel": merge_pieces("bf16", 128, 128),
+    "tree_attention:_merge_pieces_kernel wide": merge_pieces("fp16", 256, 64),
     "ancestor_mask:_ancestor_mask_kernel 1025 nodes": ancestor_mask(64),
     "ancestor_mask:_ancestor_mask_kernel long slots": ancestor_mask(2, slots="*i64"),
     "gather_trees:_gather_positions_kernel": gather_positions(64),

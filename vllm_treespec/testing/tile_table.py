@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from vllm_treespec.kernels.attention_plan import TABLE
 
 
-def write_table(about: str, tables: Mapping[str, Iterable[Mapping[str, int]]]) -> None:
+def write_table(about: str, tiles: Iterable[Mapping[str, int]]) -> None:
     """One entry a line, so that changes can be read."""
-    parts = [f'  "about": {json.dumps(about)}']
-    for name, entries in tables.items():
-        lines = ",\n    ".join(json.dumps(entry) for entry in entries)
-        parts.append(f'  "{name}": [\n    {lines}\n  ]' if lines else f'  "{name}": []')
-    TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    lines = ",\n    ".join(json.dumps(entry) for entry in tiles)
+    TABLE.write_text(
+        f'{{\n  "about": {json.dumps(about)},\n  "tiles": [\n    {lines}\n  ]\n}}\n'
+    )
