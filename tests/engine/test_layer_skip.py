@@ -354,7 +354,7 @@ def test_what_is_left_to_a_compiler_runs_vllms_own_kernels_in_the_draft(
 
     def kernels(module):
         return {
-            each._forward_method.__func__.__name__
+            each._forward_method.__name__
             for each in module.modules()
             if isinstance(each, SiluAndMul)
         }
