@@ -50,5 +50,5 @@ def test_nothing_waits_for_the_device(
     )
     assert engine.greedy(batch) == expected
     assert min(steps.values()) >= len(batch)
-    assert watch.num_calls > 40 * steps["propose"]
+    assert watch.num_calls > 20 * steps["propose"]
     assert not engine.runner.speculator.drafts.faulty

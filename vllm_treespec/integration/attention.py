@@ -112,7 +112,7 @@ class TreeForward:
         if self._is_quantized:
             kv_cache = kv_cache.view(self.fp8_dtype)
             scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
-        key_cache, value_cache = kv_cache.split(self.head_size, dim=-1)
+        key_cache, value_cache = torch.split(kv_cache, self.head_size, dim=-1)
         rows, attended, attend = attn_metadata, output, self._attention(attn_metadata)
         trees = getattr(attn_metadata, "trees", None)
         flash = self._flash if trees is None else None  # a draft brings its own

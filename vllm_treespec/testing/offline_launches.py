@@ -157,7 +157,7 @@ class Step:
         )
         self.kernels.tree_attention(
             query,
-            *self.cache.split(HEAD_SIZE, dim=-1),
+            *torch.split(self.cache, HEAD_SIZE, dim=-1),
             torch.empty_like(query),
             starts,
             _zeros(num_reqs) + 100,
