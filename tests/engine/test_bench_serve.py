@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.servers import DRAFT, TARGET, connect
 from vllm_treespec.testing.servers import VLLM, Scrape, Server, environment, serving
@@ -24,7 +25,12 @@ PROPOSER = {
 TREE = {
     "method": "treespec",
     "num_speculative_tokens": NUM_NODES,
-    "tree": {"proposers": [PROPOSER], "adaptive": False},
+    "tree": {
+        "proposers": [PROPOSER],
+        "adaptive": False,
+        # Whole trees, so that every step has one; only a CPU's host cuts them.
+        **({} if torch.cuda.is_available() else {"min_probability": 0.0}),
+    },
 }
 
 

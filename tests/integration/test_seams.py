@@ -1,4 +1,5 @@
 import functools
+import logging
 import re
 import sys
 import tomllib
@@ -76,12 +77,16 @@ def test_every_seam_fits_the_installed_vllm(seam):
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def plain(monkeypatch, caplog):
     """vLLM as it is without us, and at the end as it was before."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    # Other tests of this process may have made vLLM's log quiet.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="vllm")
     were_installed = bool(seams._installed)
     uninstall()
     yield
+    monkeypatch.undo()  # what a test moved would keep ours out
     uninstall()
     if were_installed:
         seams.install()

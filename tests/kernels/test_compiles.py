@@ -43,7 +43,7 @@ def errors(request: pytest.FixtureRequest) -> dict[tuple[str, int], str]:
     chosen = {
         (item.callspec.params["variant"], item.callspec.params["arch"])
         for item in request.session.items
-        if item.module is request.module
+        if item.module is request.module and hasattr(item, "callspec")
     }
     result = subprocess.run(
         [sys.executable, "-P", "-c", SCRIPT],
