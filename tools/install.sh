@@ -12,7 +12,8 @@ fi
 
 progress() {  # until killed: what is there of what will be
     while sleep 10; do
-        mb=$(du -sm "$venv" 2>/dev/null | cut -f1)
+        # Files come and go under du, which then fails.
+        mb=$({ du -sm "$venv" 2>/dev/null || true; } | cut -f1)
         printf '  %5d of about %d MB, %d s\n' "$mb" "$total_mb" "$SECONDS" >&2
     done
 }
@@ -21,7 +22,7 @@ echo "Installing vLLM and tools into $venv: about $total_mb MB, 2 to 10 minutes.
 "${PYTHON:-python3}" -m venv --clear "$venv"
 pip="$venv/bin/pip --disable-pip-version-check"
 progress &
-trap 'kill $! 2>/dev/null' EXIT
+trap "kill $! 2>/dev/null || true" EXIT
 if command -v nvidia-smi >/dev/null; then
     $pip install -q -e '.[cuda,dev]'
 else
